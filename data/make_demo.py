@@ -1,0 +1,263 @@
+"""Make the bundled demo again from a seed: word problems, a tokenizer, and a small half-competent model.
+
+    python data/make_demo.py            about 10 minutes on 2 CPU cores; writes data/demo/
+
+The problems are SVAMP-style: one operation, short stories, numbers that do not matter, and wordings whose
+keywords mislead ("more" in a subtraction, "left" in an addition). A template is one story pattern together with one
+question pattern, and three disjoint sets of templates and of number pairs go to pretraining, to RL training and to
+the held-out test: a test problem shares neither its template nor its numbers with anything seen before.
+
+The model learns from a made-up class of pupils, as a language model learns from the web. 45 % of the written answers
+come from pupils who go by keywords and take the first two numbers, 35 % from pupils who read the question, 15 % from
+pupils who guess, and 5 % are slips of the pen. So its most likely answer is often the keyword answer, while right
+answers come by sampling: a policy that reinforcement learning can improve. Only right or wrong is told during RL.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import zlib
+from pathlib import Path
+
+NAMES = "Ada Ben Cleo Dan Ella Finn Gita Hugo Ines Jack Kofi Lena Milo Nora Omar Pia Ravi Sara Tom Uma".split()
+OBJECTS = ("apples balls beads books buttons cards coins cookies cups dolls eggs flowers hats kites marbles nuts "
+           "pears pens plums rings shells stamps stickers stones").split()
+BOXES = [("bag", "bags"), ("basket", "baskets"), ("box", "boxes"), ("jar", "jars"), ("shelf", "shelves"),
+         ("tray", "trays"), ("table", "tables"), ("drawer", "drawers")]
+
+# kind, type, answer, stories, questions. {a} {b} decide; {d} is a number that does not matter; {N} {M} people;
+# {o} {p} things; {c} one container, {cs} several.
+SCHEMAS = [
+    ("gain", "Addition", "+", [
+        "{N} had {a} {o}. Then {N} found {b} more {o}.",
+        "{N} had {a} {o}. A friend gave {N} {b} {o}.",
+        "There were {a} {o} on the table. {N} put {b} {o} beside them.",
+        "{N} picked {a} {o} in the morning and {b} {o} in the evening.",
+        "{N} bought {a} {o} on Monday and {b} {o} on Friday.",
+        "{N} owns {a} {o} and gets {b} {o} from {M}."], [
+        "How many {o} are there now?",
+        "How many {o} is that altogether?",
+        "What is the number of {o} in the end?",
+        "How many {o} is that in total?"]),
+    ("lose", "Subtraction", "-", [
+        "{N} had {a} {o}. {N} gave {b} {o} to {M}.",
+        "{N} had {a} {o}. Then {N} lost {b} {o}.",
+        "There were {a} {o} in the {c}. {N} took {b} {o} out.",
+        "{N} brought {a} {o} to the market and sold {b} {o}.",
+        "{N} picked {a} {o}. {M} used {b} {o} for a game.",
+        "A shop had {a} {o}. {N} bought {b} {o} there."], [
+        "How many {o} are left?",
+        "How many {o} remain?",
+        "What is the number of {o} in the end?",
+        "How many {o} are there now?"]),
+    ("compare", "Subtraction", "-", [
+        "{N} has {a} {o}. {M} has {b} {o}.",
+        "{N} found {a} {o} and {M} found {b} {o}.",
+        "There are {a} {o} at home and {b} {o} at school.",
+        "In May {N} made {a} {o}. In June {N} made {b} {o}.",
+        "{N} bought {a} {o} while {M} bought {b} {o}.",
+        "One {c} holds {a} {o}. The other {c} holds {b} {o}."], [
+        "How many more {o} is the first number than the second?",
+        "How many {o} more is the first than the second?",
+        "By how many {o} is the first more than the second?",
+        "How many more {o} are in the first group?"]),
+    ("inverse", "Subtraction", "-", [
+        "{N} has {a} {o}. That is {b} more than {M} has.",
+        "{N} found {a} {o}, {b} more than {M} found.",
+        "With {a} {o}, {N} has {b} {o} more than {M}.",
+        "{N} made {a} {o}. This was {b} more than {M} made.",
+        "{N} sold {a} {o}, which is {b} more than {M} sold.",
+        "{N} carries {a} {o}. {N} carries {b} more than {M}."], [
+        "How many {o} belong to {M}?",
+        "What is the number of {o} for {M}?",
+        "How many {o} does that make for {M}?",
+        "How many {o} come from {M}?"]),
+    ("start", "Addition", "+", [
+        "{N} gave {b} {o} to {M} and has {a} {o} left.",
+        "After {N} lost {b} {o} there were {a} {o} left.",
+        "{N} sold {b} {o}. Now {a} {o} are left.",
+        "{N} ate {b} of the {o}. Only {a} {o} are left.",
+        "{M} took {b} {o} from {N}, who has {a} left.",
+        "{N} used {b} {o} for a game and {a} {o} are left."], [
+        "How many {o} were there at first?",
+        "How many {o} did {N} have in the beginning?",
+        "What was the number of {o} before that?",
+        "With how many {o} did {N} start?"]),
+    ("distract", "Subtraction", "-", [
+        "{N} had {a} {o} and {d} {p}. {N} gave {b} {o} away.",
+        "There were {d} {p} and {a} {o} in the {c}. {N} ate {b} {o}.",
+        "{N} bought {a} {o} and {d} {p}. Then {M} took {b} {o}.",
+        "{N} had {d} {p}. {N} also had {a} {o} but lost {b} {o}.",
+        "A shop had {a} {o} and {d} {p}. It sold {b} of the {o}.",
+        "{N} keeps {d} {p} and {a} {o}. {M} borrows {b} {o}."], [
+        "How many {o} are left?",
+        "How many {o} remain?",
+        "What is the number of {o} in the end?",
+        "How many {o} are there now?"]),
+    ("groups", "Multiplication", "*", [
+        "{N} has {s} {cs} with {t} {o} in each {c}.",
+        "There are {s} {cs}. In each {c} there are {t} {o}.",
+        "{N} fills {s} {cs} and puts {t} {o} into each {c}.",
+        "Each {c} holds {t} {o}. {N} has {s} {cs}.",
+        "A shop has {s} {cs}, and each {c} has {t} {o}.",
+        "{N} packs {t} {o} into each of {s} {cs}."], [
+        "How many {o} is that altogether?",
+        "How many {o} is that in total?",
+        "How many {o} are there?",
+        "What is the number of all {o}?"]),
+    ("share", "Division", "/", [
+        "{N} puts {n} {o} into {s} {cs} with the same number in each {c}.",
+        "There are {n} {o} in {s} {cs}, and all {cs} are the same.",
+        "{N} has {n} {o} and {s} {cs} to fill equally.",
+        "{N} shares {n} {o} equally among {s} {cs}.",
+        "{s} {cs} hold {n} {o}, the same number in each {c}.",
+        "{N} packed {n} {o} into {s} equal {cs}."], [
+        "How many {o} are in each {c}?",
+        "How many {o} go into one {c}?",
+        "What is the number of {o} in each {c}?",
+        "How many {o} does each {c} hold?"]),
+]
+SPLITS = ("test", "rl", "pretrain", "pretrain")  # by template; number pairs are divided in the same shares
+WORDS = {"+": "Add.", "-": "Subtract.", "*": "Multiply.", "/": "Divide."}
+
+
+def split_of(*key) -> str:
+    return SPLITS[zlib.crc32(repr(key).encode()) % 4]
+
+
+def compute(x: int, op: str, y: int) -> int | None:
+    """x op y, or None where a pupil would not write it down."""
+    if op == "/":
+        return x // y if y and x % y == 0 else None
+    result = {"+": x + y, "-": x - y, "*": x * y}[op]
+    return result if 0 <= result < 1000 else None
+
+
+def make_problem(rng: random.Random, split: str) -> dict:
+    while True:
+        kind, type_, op, stories, questions = rng.choice(SCHEMAS)
+        i, j = rng.randrange(len(stories)), rng.randrange(len(questions))
+        if SPLITS[(i + j) % 4] != split:
+            continue
+        b = rng.randint(2, 40)
+        a = b + rng.randint(1, 50)
+        if kind == "gain" and rng.random() < 0.5:
+            a, b = b, a
+        s, t = rng.randint(2, 9), rng.randint(2, 12)
+        x, y = {"*": (s, t), "/": (s * t, s)}.get(op, (a, b))
+        if split_of(op, x, y) != split:
+            continue
+        (n1, n2), (o, p), (c, cs) = rng.sample(NAMES, 2), rng.sample(OBJECTS, 2), rng.choice(BOXES)
+        text = f"{stories[i]} {questions[j]}".format(
+            a=a, b=b, d=rng.randint(2, 60), s=s, t=t, n=s * t, N=n1, M=n2, o=o, p=p, c=c, cs=cs)
+        return {"question": text, "answer": str(compute(x, op, y)), "type": type_, "x": x, "op": op, "y": y}
+
+
+def keyword_pupil(text: str) -> tuple[int, str, int]:
+    """The operation that the keywords suggest, on the first two numbers."""
+    x, y = [int(n) for n in re.findall(r"\d+", text)][:2]
+    for op, words in (("-", "left remain"), ("+", "more altogether total"), ("/", "equally share"), ("*", "each")):
+        if any(re.search(rf"\b{w}", text) for w in words.split()):
+            break
+    else:
+        op = "+"
+    if op in "-/" and x < y:
+        x, y = y, x
+    return (x, op, y) if compute(x, op, y) is not None else (x, "+", y)
+
+
+def written_answer(rng: random.Random, problem: dict) -> str:
+    pupil = rng.choices(["keyword", "reader", "guesser", "slip"], [45, 35, 15, 5])[0]
+    numbers = [int(n) for n in re.findall(r"\d+", problem["question"])]
+    x, op, y = keyword_pupil(problem["question"]) if pupil == "keyword" else (problem["x"], problem["op"], problem["y"])
+    if pupil == "guesser":
+        x, y = sorted(rng.sample(numbers, 2), reverse=True)
+        op = rng.choice([o for o in "+-*/" if compute(x, o, y) is not None])
+    result = compute(x, op, y)
+    if pupil == "slip":
+        result = max(0, result + rng.choice([-10, -1, 1, 10]))
+    opening = rng.choice([WORDS[op] + " ", ""])
+    return f"{opening}{x} {op} {y} = {result}\n#### {result}"
+
+
+def make_tokenizer(texts: list[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|pad|>", "<|end|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+
+
+def batch(rng, tokenizer, prompt, size, torch):
+    """Token ids [size, longest] and labels: only the written answer is learned, padding is -100."""
+    rows, labels = [], []
+    for _ in range(size):
+        problem = make_problem(rng, "pretrain")
+        question = tokenizer.encode(prompt.format(question=problem["question"]))
+        answer = tokenizer.encode(" " + written_answer(rng, problem)) + [tokenizer.eos_token_id]
+        rows.append(torch.tensor(question + answer))
+        labels.append(torch.tensor([-100] * len(question) + answer))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, True, tokenizer.pad_token_id), pad(labels, True, -100)
+
+
+def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10000.0,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    rng = random.Random(seed)
+    for step in range(steps):
+        ids, labels = batch(rng, tokenizer, prompt, size, torch)
+        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step:5d}/{steps}  loss {loss.item():.3f}", flush=True)
+    return model
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--steps", type=int, default=3000, help="pretraining steps")
+    options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")
+    args = options.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    args.output.mkdir(parents=True, exist_ok=True)
+    rng, prompt = random.Random(args.seed), "Question: {question}\nAnswer:"
+    for split, name, count in (("rl", "train", 700), ("test", "test", 300)):
+        problems = {}
+        while len(problems) < count:
+            problem = make_problem(rng, split)
+            problems[problem["question"]] = {k: problem[k] for k in ("question", "answer", "type")}
+        lines = [json.dumps(p) + "\n" for p in problems.values()]
+        (args.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (args.output / "prompt.txt").write_text(prompt, encoding="utf-8")
+    texts = [prompt.format(question=p["question"]) + " " + written_answer(rng, p)
+             for p in (make_problem(rng, "pretrain") for _ in range(5000))]
+    tokenizer = make_tokenizer(texts)
+    model = pretrain(tokenizer, prompt, args.steps, args.batch, args.seed)
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    print(f"wrote {args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+
+
+if __name__ == "__main__":
+    main()

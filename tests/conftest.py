@@ -1,0 +1,57 @@
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+SHAPES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+ARCHITECTURES = {
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPES)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(
+        **SHAPES, head_dim=8, sliding_window=64)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
+        **SHAPES, head_dim=8, sliding_window=64, final_logit_softcapping=3.0)),
+}
+
+
+class Words:
+    """The part of a tokenizer that sampling needs: token n is the text "n "."""
+    eos_token_id = 1
+
+    def decode(self, ids, **_):
+        return "".join(f"{i} " for i in ids)
+
+
+def random_model(kind: str):
+    """A small random model whose distributions are peaked enough for completions to share prefixes."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    return random_model(request.param)
+
+
+@pytest.fixture
+def words():
+    return Words()
+
+
+def random_completions(rng: random.Random, count: int, length: int, tokens: int = 3) -> list[list[int]]:
+    """Completions over few tokens, so that they branch everywhere; some are prefixes of others, some are equal."""
+    return [[rng.randrange(2, 2 + tokens) for _ in range(rng.randint(1, length))] for _ in range(count)]

@@ -1,0 +1,339 @@
+"""The exact core: credit functions, the packed pass and its gradients, sampling."""
+import math
+import random
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+from conftest import random_completions, random_model
+
+import tokenrl
+
+
+def random_group(seed):
+    rng = random.Random(seed)
+    completions = random_completions(rng, rng.randint(2, 9), 7)
+    rewards = [rng.choice([0.0, 1.0, rng.random()]) for _ in completions]
+    return completions, rewards
+
+
+# ---- trie and credit, against brute force over prefixes -----------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(20))
+def test_trie_holds_each_prefix_once(seed):
+    completions, _ = random_group(seed)
+    trie = tokenrl.Trie(completions)
+    prefixes = {tuple(c[:i + 1]) for c in completions for i in range(len(c))}
+    assert len(trie.tokens) == len(prefixes)
+    for completion, path in zip(completions, trie.paths):
+        assert [trie.tokens[n] for n in path] == completion
+        assert [trie.depths[n] for n in path] == list(range(len(completion)))
+        assert [trie.parents[n] for n in path] == [-1, *path[:-1]]
+    assert all(parent < node for node, parent in enumerate(trie.parents))
+
+
+def prefix_of(trie, node):
+    tokens = []
+    while node >= 0:
+        tokens.append(trie.tokens[node])
+        node = trie.parents[node]
+    return tuple(reversed(tokens))
+
+
+def by_prefix(trie, weights):
+    return {prefix_of(trie, node): weight for node, weight in weights.items()}
+
+
+def assert_same(found, wanted):
+    wanted = {key: value for key, value in wanted.items() if abs(value) > 1e-9}
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, abs=1e-9)
+
+
+def brute_advantages(rewards):
+    tensor = torch.tensor(rewards, dtype=torch.float64)
+    return ((tensor - tensor.mean()) / (tensor.std(unbiased=False) + 1e-4)).tolist()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_grpo_weights(seed):
+    completions, rewards = random_group(seed)
+    trie, wanted = tokenrl.Trie(completions), defaultdict(float)
+    for completion, advantage in zip(completions, brute_advantages(rewards)):
+        for t in range(len(completion)):
+            wanted[tuple(completion[:t + 1])] += advantage / (len(completions) * len(completion))
+    assert_same(by_prefix(trie, tokenrl.grpo_weights(trie, rewards)), wanted)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_s_grpo_weights(seed):
+    completions, rewards = random_group(seed)
+    alpha, p = random.Random(seed).choice([(0, 0.5), (2, 0.3), (3, 0.0), (1, 1.0)])
+    trie, wanted, rng = tokenrl.Trie(completions), defaultdict(float), random.Random(7)
+    for completion, advantage in zip(completions, brute_advantages(rewards)):
+        kept = [t for t in range(len(completion)) if t < alpha or rng.random() < p]
+        for t in kept:
+            wanted[tuple(completion[:t + 1])] += advantage / (len(completions) * len(kept))
+    assert_same(by_prefix(trie, tokenrl.s_grpo_weights(trie, rewards, alpha, p, random.Random(7))), wanted)
+
+
+def test_s_grpo_keeps_the_share_it_promises():
+    completions = [[random.Random(i * 1000 + t).randrange(1000) for t in range(104)] for i in range(200)]
+    trie, rewards = tokenrl.Trie(completions), [float(i % 2) for i in range(200)]
+    chosen = tokenrl.s_grpo_weights(trie, rewards, 4, 0.3, random.Random(0))
+    assert all(n in chosen for path in trie.paths for n in path[:4] if sum(n in p for p in trie.paths) == 1)
+    assert sum(trie.depths[n] >= 4 for n in chosen) / (200 * 100) == pytest.approx(0.3, abs=0.02)
+    assert tokenrl.s_grpo_weights(trie, rewards, 0, 1.0, random.Random(0)) == tokenrl.grpo_weights(trie, rewards)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_t_spmo_weights(seed):
+    completions, rewards = random_group(seed)
+    trie, credit = tokenrl.Trie(completions), {}
+    mean = lambda prefix: (lambda rs: sum(rs) / len(rs))(  # noqa: E731
+        [r for c, r in zip(completions, rewards) if tuple(c[:len(prefix)]) == prefix])
+    for prefix in {tuple(c[:i + 1]) for c in completions for i in range(len(c))}:
+        credit[prefix] = mean(prefix) - mean(prefix[:-1])
+    credit = {prefix: value for prefix, value in credit.items() if abs(value) > 1e-9}
+    assert_same(by_prefix(trie, tokenrl.t_spmo_weights(trie, rewards)),
+                {prefix: value / len(credit) for prefix, value in credit.items()})
+
+
+def test_equal_rewards_give_no_credit():
+    trie = tokenrl.Trie([[2, 3], [2, 4], [5]])
+    for rewards in ([0.0] * 3, [1.0] * 3, [0.3] * 3):
+        assert tokenrl.grpo_weights(trie, rewards) == {}
+        assert tokenrl.t_spmo_weights(trie, rewards) == {}
+
+
+# ---- the packed pass, against one plain forward per completion ----------------------------------------------------
+
+def plain_logprobs(model, prompt, completion):
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def lora(model, seed=1):
+    """LoRA on all layers' q, v with random, non-zero B, so that gradients reach every matrix."""
+    wrapped = tokenrl.add_lora(model, 4, 8, "q_proj,v_proj", 0.5)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    return wrapped
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_packed_logprobs_and_gradients(model, seed, few_rows, monkeypatch):
+    if few_rows:  # logits in several checkpointed pieces
+        monkeypatch.setattr(tokenrl, "LOGIT_ROWS", 3)
+    model, rng = lora(model), random.Random(seed)
+    prompt = [rng.randrange(2, 97) for _ in range(rng.randint(1, 9))]
+    completions = random_completions(rng, 6, 8)
+    trie = tokenrl.Trie(completions)
+    nodes = rng.sample(range(len(trie.tokens)), rng.randint(1, len(trie.tokens)))
+    weights = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed))
+
+    packed = tokenrl.packed_logprobs(model, prompt, trie, nodes)
+    plain = {}
+    for completion, path in zip(completions, trie.paths):
+        plain.update(zip(path, plain_logprobs(model, prompt, completion)))
+    wanted = torch.stack([plain[n] for n in nodes])
+    assert packed.dtype == torch.float32
+    torch.testing.assert_close(packed, wanted, atol=2e-5, rtol=1e-5)
+    found, expected = gradients(model, (weights * packed).sum()), gradients(model, (weights * wanted).sum())
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+def test_packed_logprobs_with_temperature():
+    model = random_model("qwen2")
+    trie = tokenrl.Trie([[5, 6], [5, 7]])
+    logits = model(input_ids=torch.tensor([[3, 4, 5, 7]])).logits[0].float() / 0.7
+    wanted = logits.log_softmax(-1)
+    found = tokenrl.packed_logprobs(model, [3, 4], trie, [0, 2], temperature=0.7)
+    torch.testing.assert_close(found, torch.stack([wanted[1, 5], wanted[2, 7]]), atol=2e-5, rtol=1e-5)
+
+
+def test_pack_holds_only_what_is_needed():
+    trie = tokenrl.Trie([[2, 3, 4, 5], [2, 6, 7]])
+    ids, positions, allowed, _ = tokenrl.pack([9, 9], trie, [1, 4])  # the branch: tokens 3 and 6 after 2
+    assert ids.tolist() == [9, 9, 2] and positions.tolist() == [0, 1, 2]
+    assert allowed.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_sliding_window_is_refused():
+    model = random_model("gemma3")
+    trie = tokenrl.Trie([list(range(2, 70))])
+    with pytest.raises(tokenrl.UserError, match="sliding window of 64"):
+        tokenrl.packed_logprobs(model, [5], trie, [66])
+
+
+def test_check_packing_accepts_exact_models_and_refuses_others(model, monkeypatch):
+    class Tokens(list):
+        pass
+    tokenizer = Tokens(range(97))
+    tokenrl.check_packing(model, tokenizer)
+    layer = model.get_decoder().layers[0]
+    forward = layer.forward  # a layer that looks at its neighbour whatever the mask says
+    monkeypatch.setattr(layer, "forward", lambda x, *a, **k: forward(x + x.roll(1, dims=1), *a, **k))
+    with pytest.raises(tokenrl.UserError, match="does not fit the packed update"):
+        tokenrl.check_packing(model, tokenizer)
+
+
+@pytest.mark.parametrize("method", ["grpo", "s-grpo", "t-spmo"])
+def test_update_is_the_policy_gradient(method):
+    """One step's gradient, through update(), against the formula written over completions with plain forwards."""
+    from types import SimpleNamespace
+    settings = SimpleNamespace(method=method, alpha=2, p=0.5, temperature=1.0, beta=0.0, l2=0.01, on_prob=False,
+                               max_grad_norm=1e9)
+    model, (completions, rewards) = lora(random_model("qwen2")), random_group(3)
+    policy = tokenrl.Policy(model, None, "plain")
+    problem = tokenrl.Problem("q", "1")
+    rollouts = [tokenrl.Rollout(problem, [4, 5, 6], completions, rewards, []),
+                tokenrl.Rollout(problem, [4, 5], completions, [1.0] * len(rewards), [])]  # no signal
+    seen = []
+    optimizer = tokenrl.new_optimizer(model)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(
+        torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.requires_grad])))
+    tokenrl.update(policy, rollouts, optimizer, 0.0, settings, random.Random(5))
+
+    rng, loss, advantages = random.Random(5), 0.0, brute_advantages(rewards)
+    if method == "t-spmo":
+        trie = tokenrl.Trie(completions)
+        weights = tokenrl.t_spmo_weights(trie, rewards)
+        logps = {n: lp for c, path in zip(completions, trie.paths)
+                 for n, lp in zip(path, plain_logprobs(model, [4, 5, 6], c))}
+        loss = -sum(w * logps[n] for n, w in weights.items())
+    else:
+        for completion, advantage in zip(completions, advantages):
+            kept = [t for t in range(len(completion)) if method == "grpo" or t < 2 or rng.random() < 0.5]
+            loss = loss - advantage * plain_logprobs(model, [4, 5, 6], completion)[kept].mean() / len(completions)
+    loss = loss / 2 + 0.01 * sum(p.pow(2).sum() for p in model.parameters() if p.requires_grad)
+    expected = gradients(model, loss)
+    torch.testing.assert_close(seen[0], expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+def test_t_spmo_on_probability_scales_by_pi():
+    from types import SimpleNamespace
+    settings = SimpleNamespace(method="t-spmo", temperature=1.0, beta=0.0, on_prob=True)
+    model = lora(random_model("qwen2"))
+    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7], [8]], [1.0, 0.0], [])
+    trie = tokenrl.Trie(rollout.completions)
+    weights = tokenrl.t_spmo_weights(trie, rollout.rewards)
+    assert weights == {0: 0.25, 1: -0.25}
+    probs = torch.stack([plain_logprobs(model, [4, 5], [t])[0].exp() for t in (7, 8)])
+    loss = tokenrl.group_loss(tokenrl.Policy(model, None, "plain"), rollout, trie, weights, settings)
+    torch.testing.assert_close(loss, -(0.25 * probs[0] - 0.25 * probs[1]))
+
+
+def test_kl_is_zero_at_the_base_and_pulls_back_to_it():
+    from types import SimpleNamespace
+    settings = SimpleNamespace(method="grpo", temperature=1.0, beta=1.0, on_prob=False)
+    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0], [])
+    trie = tokenrl.Trie(rollout.completions)
+    policy = tokenrl.Policy(tokenrl.add_lora(random_model("qwen2"), 4, 8, "q_proj", 0.5), None, "plain")
+    assert tokenrl.group_loss(policy, rollout, trie, {0: 0.0, 1: 0.0, 2: 0.0}, settings).item() == 0.0
+    policy = tokenrl.Policy(lora(random_model("qwen2")), None, "plain")
+    loss = tokenrl.group_loss(policy, rollout, trie, {0: 0.0, 1: 0.0, 2: 0.0}, settings)
+    logps = torch.cat([plain_logprobs(policy.model, [4, 5], c) for c in ([7, 9], [8])])
+    with policy.model.disable_adapter():
+        reference = torch.cat([plain_logprobs(policy.model, [4, 5], c) for c in ([7, 9], [8])]).detach()
+    gap = reference - logps
+    expected = (gap.exp() - gap - 1).mean()
+    assert expected.item() > 1e-4
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(gradients(policy.model, loss), gradients(policy.model, expected), atol=1e-5, rtol=1e-2)
+
+
+def test_non_finite_gradient_is_skipped_and_leaves_the_adapter_alone(monkeypatch):
+    from types import SimpleNamespace
+    settings = SimpleNamespace(method="grpo", temperature=1.0, beta=0.0, l2=0.0, on_prob=False, max_grad_norm=1.0)
+    model = lora(random_model("qwen2"))
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(tokenrl, "grpo_weights", lambda trie, rewards: {0: math.nan})
+    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0], [])
+    result = tokenrl.update(tokenrl.Policy(model, None, "plain"), [rollout], tokenrl.new_optimizer(model), 0.1, settings,
+                            random.Random(0))
+    assert result["skipped"] and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_lower_layers_store_nothing():
+    model = tokenrl.add_lora(random_model("qwen2"), 4, 8, "q_proj,v_proj", 1 / 3)
+    needs = [layer.self_attn.q_proj for layer in tokenrl.base_of(model).model.layers]
+    assert [hasattr(module, "lora_A") for module in needs] == [False, False, False, True]
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+def test_greedy_equals_generate(model, words):
+    rng = random.Random(0)
+    prompts = [[rng.randrange(2, 97) for _ in range(n)] for n in (3, 9, 5, 1, 12)]
+    found = tokenrl.sample(model, words, prompts, 2, max_new_tokens=24, temperature=0, rows=6)
+    for prompt, group in zip(prompts, found):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
+        assert group == [wanted, wanted]
+
+
+def test_sampling_follows_softmax_and_ignores_the_checkpoints_own_settings(words):
+    model = random_model("qwen2")
+    model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=5.0, temperature=0.1, do_sample=True)
+    prompt, temperature, count = [5, 6, 7], 1.7, 20_000
+    logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    wanted = (logits / temperature).softmax(-1)
+    [group] = tokenrl.sample(model, words, [prompt], count, max_new_tokens=1, temperature=temperature, rows=count)
+    counts = Counter(completion[0] for completion in group)
+    found = torch.tensor([counts[i] / count for i in range(97)])
+    assert (found - wanted).abs().sum() / 2 < 0.03  # total variation; 97 cells, 20,000 draws
+    assert len([i for i in range(97) if counts[i]]) > 20
+
+
+def test_second_token_is_sampled_given_the_first_despite_padding_and_dropped_rows(words):
+    model = random_model("llama")
+    prompts = [[5, 6, 7, 8, 9], [11]]
+    groups = tokenrl.sample(model, words, prompts, 8000, max_new_tokens=2, rows=16000, temperature=0.5)
+    for prompt, group in zip(prompts, groups):
+        first, number = Counter(c[0] for c in group if c[0] != 1).most_common(1)[0]
+        wanted = (model(input_ids=torch.tensor([prompt + [first]])).logits[0, -1] / 0.5).softmax(-1)
+        counts = Counter(c[1] for c in group if c[0] == first)
+        found = torch.tensor([counts[i] / number for i in range(97)])
+        noise = (2 * wanted * (1 - wanted) / (math.pi * number)).sqrt().sum()  # what chance alone adds up to
+        assert number > 400 and (found - wanted).abs().sum() < 1.5 * noise
+
+
+def test_every_end_token_stops_and_is_kept(words):
+    model = random_model("qwen2")
+    model.generation_config.eos_token_id = [30, 31]
+    model.config.eos_token_id = 32
+    assert tokenrl.end_tokens(model, words) == {1, 30, 31, 32}
+    ends = set(range(20, 60))
+    for group in tokenrl.sample(model, words, [[5], [6, 7]], 40, max_new_tokens=12, ends=ends, temperature=3.0):
+        assert any(c[-1] in ends for c in group)
+        for completion in group:
+            assert not ends & set(completion[:-1])
+            assert completion[-1] in ends or len(completion) == 12
+
+
+def test_stop_text_ends_a_completion(words):
+    model = random_model("qwen2")
+    [free] = tokenrl.sample(model, words, [[5, 6]], 1, max_new_tokens=20, temperature=0, ends=set())
+    stop = f"{free[0][6]} {free[0][7]}"
+    [stopped] = tokenrl.sample(model, words, [[5, 6]], 1, max_new_tokens=20, temperature=0, ends=set(), stop=stop)
+    text = words.decode(free[0])
+    assert words.decode(stopped[0]).rstrip() == text[:text.index(stop) + len(stop)].rstrip()
+
+
+def test_the_same_seed_gives_the_same_samples(words):
+    model = random_model("qwen2")
+    draw = lambda seed: tokenrl.sample(model, words, [[5, 6], [7]], 4, max_new_tokens=9, seed=seed)  # noqa: E731
+    assert draw(3) == draw(3) != draw(4)

@@ -1,0 +1,1417 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "transformers>=5.0", "peft>=0.18", "typer>=0.15", "rich>=13"]
+# ///
+"""tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
+
+    python tokenrl.py train svamp                      # the bundled demo on a laptop, Qwen2-1.5B on a GPU
+    python tokenrl.py train svamp --method t-spmo      # credit only where completions branch
+    python tokenrl.py eval svamp --adapter runs/svamp-s-grpo
+    python tokenrl.py prep questions.csv               # your own questions and answers
+
+Only a LoRA adapter is trained, there is no critic, and the gradient is spent on few of the sampled tokens
+(S-GRPO and T-SPMO, Lee & Tong 2025, arXiv 2504.20834). The idea that keeps this file small: sample a group of G
+completions of one prompt and put them into a trie, where a node is one token after one exact prefix. Then every
+method is the same program with another credit function, which gives a weight to some of the nodes, and
+
+    loss = - sum over weighted nodes n of  weight(n) * log pi(token(n) | prefix(n))
+
+    GRPO     sum over completions i through n of  A_i / (G * len_i),   A_i = (R_i - mean R) / (std R + eps)
+    S-GRPO   the same over a random subset T_i of positions: t < alpha always, the others with probability p
+    T-SPMO   mean R of the completions through n  -  mean R of those through its parent,  / number of such nodes
+
+Only ancestors of weighted nodes need a forward pass and only their parents need logits, so the prompt and the needed
+nodes go through the model as ONE sequence in which each token sees its ancestors. That is exact, not approximate.
+
+What is left out: no critic and no reward model, no second copy of the model (the optional KL term reads the same
+model with its adapter switched off), no old policy and no clipping (one update per rollout is exactly on-policy).
+
+The file reads in the order in which the data flows:
+    problem -> prompt -> G completions -> rewards -> trie -> weights -> packed forward -> loss -> step -> metrics
+"""
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console, Group as Stack
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class _Lazy:
+    """A module that is imported at its first use, so that help and data preparation answer at once."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch, transformers, peft = _Lazy("torch"), _Lazy("transformers"), _Lazy("peft")
+console, errors = Console(), Console(stderr=True)
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one sentence, never as a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Tasks: problems, data files, rewards
+# ---------------------------------------------------------------------------------------------------------------
+
+DATA = Path(__file__).resolve().parent / "data"
+SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
+SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
+
+# Worked examples for the prompt. `prep` writes them beside the data as examples.jsonl, where they can be edited.
+STORY_EXAMPLES = [
+    {"question": "A kiosk had 24 kites. It sold 9 kites and 3 balls. How many kites are left?",
+     "answer": "Only the kites count: 24 - 9 = 15 kites are left.\n#### 15"},
+    {"question": "Mina fills 4 bags with 6 shells in each bag. How many shells is that?",
+     "answer": "4 bags of 6 shells are 4 * 6 = 24 shells.\n#### 24"},
+    {"question": "After Jon gave away 7 stamps he had 12 left. How many stamps did he have before?",
+     "answer": "He had the 12 that are left and the 7 he gave away: 12 + 7 = 19 stamps.\n#### 19"},
+]
+MULTIPLY_EXAMPLES = [
+    {"question": "What is 47 * 36?",
+     "answer": "47 * 6 = 282\n47 * 30 = 1410\n282 + 1410 = 1692\n#### 1692"},
+    {"question": "What is 8 * 59?",
+     "answer": "8 * 9 = 72\n8 * 50 = 400\n72 + 400 = 472\n#### 472"},
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    type: str = ""
+
+
+# A minus counts as a sign only where it cannot be a subtraction: "3-2" holds 3 and 2, "= -2" holds -2.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}.%])[-\u2212])?(?:[$€£]\s?)?(?<![\w.])(?P<sign2>(?<=[$€£])-)?"
+    r"(?:(?P<whole>\d+)\s(?=\d+/\d))?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?(?:/(?P<under>\d+))?",
+    re.ASCII)
+_MARK = re.compile(r"####|\\boxed\{|\banswer(?: is|:| =)", re.IGNORECASE)
+
+
+def _numbers(text: str) -> Iterator[Fraction]:
+    text = re.sub(r"\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    for match in _NUMBER.finditer(text):
+        if not (match["digits"] or match["decimals"]):
+            continue
+        with contextlib.suppress(ValueError, ZeroDivisionError):  # 3/0; thousands of digits
+            value = Fraction((match["digits"] or "0").replace(",", "") + (match["decimals"] or ""))
+            value = value / int(match["under"] or 1) + int(match["whole"] or 0)
+            yield -value if match["sign"] or match["sign2"] else value
+
+
+def extract_number(text: str) -> Fraction | None:
+    """The final answer of a completion, exactly, or None.
+
+    It is the first number after the last mark on its line ("#### n", "\\boxed{n}", "the answer is n"); without a mark
+    that a number follows, the last number of the text. Commas, currency signs, decimals and fractions are read.
+    """
+    for mark in reversed(list(_MARK.finditer(text))):
+        line = text[mark.end():].lstrip().split("\n")[0]
+        if (number := next(_numbers(line), None)) is not None:
+            return number
+    return next(reversed(list(_numbers(text))), None)
+
+
+def number_reward(text: str, answer: str) -> float:
+    """1.0 if the final answer of `text` equals `answer` as a number (1,234 = 1234 = 1234.0), else 0.0."""
+    found = extract_number(text)
+    return float(found is not None and found == next(_numbers(str(answer)), None))
+
+
+def is_number(text: str) -> bool:
+    match = _NUMBER.fullmatch(text)
+    return bool(match) and next(_numbers(text), None) is not None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 and try again.") from None
+
+
+def read_rows(path: Path) -> list[tuple[int, dict]]:
+    """(line number, row) of a CSV file with a header line, or of a JSONL file."""
+    text = read_text(path)
+    if path.suffix.lower() == ".csv":
+        try:
+            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            return [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path} is not valid CSV at line {reader.line_num}: {error}.") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path} is not JSON at line {number}: {error}.") from None
+            if not isinstance(row, dict):
+                raise UserError(f'{path} line {number} is not an object such as {{"question": ..., "answer": ...}}.')
+            rows.append((number, row))
+    return rows
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems of a file that `prep` wrote. Errors name the line."""
+    problems = []
+    if not read_text(path).strip():
+        raise UserError(f"{path} is empty.")
+    for number, row in read_rows(path):
+        problem = Problem(*(str(row.get(key, "")) for key in ("question", "answer", "type")))
+        if not problem.question or not problem.answer:
+            raise UserError(f'{path} line {number} lacks a "question" or an "answer".')
+        if not is_number(problem.answer):
+            raise UserError(f"{path} line {number}: the answer {problem.answer!r} is not a number.")
+        problems.append(problem)
+    return problems
+
+
+def load_task(task: str, data_dir: Path) -> tuple[list[Problem], list[Problem], list[dict]]:
+    """(train problems, test problems, worked examples) of a prepared task."""
+    folder = data_dir / task
+    if not (folder / "train.jsonl").exists():
+        known = sorted(p.parent.name for p in data_dir.glob("*/train.jsonl") if p.parent.name != "demo")
+        raise UserError(
+            f"There is no task {task!r} in {data_dir}" + (f" (there are: {', '.join(known)})" if known else "")
+            + "; make it with: python tokenrl.py prep " + (task if task in ("svamp", "multiply") else "YOUR_FILE.csv"))
+    examples = folder / "examples.jsonl"
+    worked = [row for _, row in read_rows(examples)] if examples.exists() else []
+    return read_problems(folder / "train.jsonl"), read_problems(folder / "test.jsonl"), worked
+
+
+def svamp_problems(source: Optional[Path]) -> tuple[list[Problem], Counter]:
+    """SVAMP (Patel et al. 2021) from `source`, or downloaded; the published file's checksum is checked either way."""
+    if source:
+        if not source.is_file():
+            raise UserError(f"There is no file {source}.")
+        raw = source.read_bytes()
+    else:
+        try:
+            with urllib.request.urlopen(SVAMP_URL, timeout=20) as answer:
+                raw = answer.read()
+        except OSError as error:
+            raise UserError(f"SVAMP could not be downloaded ({error}); fetch {SVAMP_URL} on another machine and run: "
+                            "python tokenrl.py prep svamp --source SVAMP.json") from None
+    if hashlib.sha256(raw).hexdigest() != SVAMP_SHA256:
+        raise UserError("This SVAMP.json is not the published file (its sha256 differs); fetch it again, or prepare "
+                        "your own version as CSV or JSONL with: python tokenrl.py prep FILE")
+    problems = []
+    for row in json.loads(raw):
+        body = row["Body"].strip()
+        question = (body if body.endswith((".", "?", "!", ",")) else body + ".") + " " + row["Question"].strip()
+        answer = row["Answer"]
+        problems.append(Problem(question, f"{answer:g}" if abs(answer) < 1e5 else str(int(answer)),
+                                row["Type"].replace("Divison", "Division")))  # the file misspells one
+    return problems, Counter()
+
+
+def multiply_problems(digits: str, count: int, seed: int) -> tuple[list[Problem], Counter]:
+    """Products of random numbers with `digits` ("3", or "2x1") digits; no unordered pair comes twice."""
+    match = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
+    if not match:
+        raise UserError(f"--digits {digits!r} is not a number of digits from 1 to 9 such as 3, or a pair such as 2x1.")
+    low = [10 ** (int(d) - 1) + (d == "1") for d in (match[1], match[2] or match[1])]  # times 1 teaches nothing
+    high = [10 ** int(d) - 1 for d in (match[1], match[2] or match[1])]
+    rng, pairs = random.Random(seed), {}
+    for _ in range(20 * count):
+        a, b = (rng.randint(*bounds) for bounds in zip(low, high))
+        pairs.setdefault((min(a, b), max(a, b)), (a, b))
+        if len(pairs) == count:
+            break
+    return [Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}")
+            for a, b in pairs.values()], Counter()
+
+
+def file_problems(path: Path, question: str, answer: str) -> tuple[list[Problem], Counter]:
+    """Problems of a CSV or JSONL file, and why rows were rejected."""
+    if path.suffix.lower() not in (".csv", ".jsonl", ".json"):
+        raise UserError(f"{path} is neither svamp nor multiply nor a .csv or .jsonl file.")
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} is empty.")
+    columns = {key for _, row in rows for key in row if key}
+    for name, option in ((question, "--question"), (answer, "--answer")):
+        if name not in columns:
+            raise UserError(f"{path} has no column {name!r} (it has: {', '.join(sorted(columns)) or 'none'}); "
+                            f"name yours with {option}.")
+    problems, rejected = {}, Counter()
+    for number, row in rows:
+        asked, wanted = (str(row.get(key) if row.get(key) is not None else "").strip() for key in (question, answer))
+        if not asked or not wanted:
+            rejected["no question" if not asked else "no answer"] += 1
+        elif not is_number(wanted):
+            rejected["the answer is not a number"] += 1
+        elif asked in problems:
+            rejected["the question came before"] += 1
+        else:
+            problems[asked] = Problem(asked, wanted, str(row.get("type") or ""))
+    return list(problems.values()), rejected
+
+
+def write_task(name: str, problems: list[Problem], examples: list[dict], test_share: float, seed: int,
+               data_dir: Path) -> tuple[int, int]:
+    """Split at random and write data_dir/name/{train,test,examples}.jsonl; returns the two sizes."""
+    problems = random.Random(seed).sample(problems, len(problems))
+    cut = len(problems) - round(len(problems) * test_share)
+    if not 0 < cut < len(problems):
+        raise UserError(f"{len(problems)} usable problems are too few to split into train and test.")
+    folder = data_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, rows in (("train", map(asdict, problems[:cut])), ("test", map(asdict, problems[cut:])),
+                       ("examples", examples)):
+        write_jsonl(folder / f"{file}.jsonl", rows)
+    return cut, len(problems) - cut
+
+
+def write_jsonl(path: Path, rows) -> None:
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Policy: model, tokenizer, LoRA, prompts, memory meter
+# ---------------------------------------------------------------------------------------------------------------
+
+PLAIN_STOP = "\nQuestion:"  # where a base model goes on to invent the next question
+
+
+@dataclass
+class Policy:
+    """What it takes to ask and to train: the model with its tokenizer, and the form of the prompt."""
+    model: object
+    tokenizer: object
+    prompt: str  # "chat", "plain", or a text with {question} in it
+    examples: list[dict] = field(default_factory=list)
+
+    @property
+    def stop(self) -> str:
+        return PLAIN_STOP if self.prompt == "plain" else ""
+
+    def prompt_ids(self, question: str) -> list[int]:
+        return prompt_ids(self.tokenizer, question, self.prompt, self.examples)
+
+    def text(self, completion: list[int]) -> str:
+        text = self.tokenizer.decode(completion, skip_special_tokens=True)
+        return text.split(self.stop)[0] if self.stop else text
+
+
+def pick_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str, device: str, stored) -> object:
+    """The dtype to compute in; `stored` is the checkpoint's own. Auto: bfloat16 where the hardware multiplies it."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if stored == torch.float32:
+        return torch.float32
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device == "cpu" and any(on for name, on in torch.cpu.get_capabilities().items()
+                                       if name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
+    """(model, tokenizer) of a hub id, a local folder, or a .gguf file (needs the `gguf` package)."""
+    path, options = Path(name), {}
+    if path.suffix == ".gguf":
+        try:
+            importlib.import_module("gguf")
+        except ImportError:
+            raise UserError("Reading a .gguf file needs one more package: pip install gguf") from None
+        name, options = str(path.parent), {"gguf_file": path.name}
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        device = pick_device(device)
+        if options:  # LoRA needs plain weights
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        kind = pick_dtype(dtype, device, torch.bfloat16 if options else getattr(config, "dtype", None))
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=kind, **options).to(device)
+    except (OSError, ValueError, KeyError) as error:
+        if not path.exists() and not Path(name).exists():
+            raise UserError(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
+                            "the spelling and the network, or give the path of a downloaded folder.") from None
+        raise UserError(f"{path} does not hold a model that can be loaded: {str(error).splitlines()[0]}") from None
+    model.eval()  # no dropout: the log-probs that are trained must be those that were sampled from
+    return model, tokenizer
+
+
+def base_of(model):
+    """The transformers model, with or without a peft wrapper around it."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
+    """Wrap the model: LoRA on `targets` of the last `layer_share` of the layers; nothing below them stores activations."""
+    layers = base_of(model).config.get_text_config().num_hidden_layers
+    first = layers - max(1, round(layers * layer_share))
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM",
+                             layers_to_transform=list(range(first, layers)))
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA does not fit this model: {str(error).splitlines()[0]}") from None
+
+
+def load_adapter(model, folder: Path, name: str):
+    """The model with one more adapter, read from a run's folder. Errors if it was made for another base model."""
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
+    made_for, given = config.base_model_name_or_path or "", base_of(model).name_or_path
+    if Path(made_for).name != Path(given).name:
+        raise UserError(f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model.")
+    try:
+        if isinstance(model, peft.PeftModel):
+            model.load_adapter(str(folder), adapter_name=name)
+            return model
+        return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"The adapter in {folder} does not fit {given}: {str(error).splitlines()[0]}") from None
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Every end-of-text token that the generation config, the config or the tokenizer knows; they do not always agree."""
+    base, found = base_of(model), set()
+    for value in (getattr(base, "generation_config", None) and base.generation_config.eos_token_id,
+                  base.config.eos_token_id, tokenizer.eos_token_id):
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return found
+
+
+def choose_prompt(option: str, model, tokenizer) -> str:
+    """"chat", "plain", or the text of a template. Auto: the model folder's own prompt.txt if there is one, else chat
+    for chat models. Base checkpoints ship chat templates too, so a chat model is one that also stops, by its own
+    configuration, at the token with which its template ends a turn."""
+    if option == "auto":
+        own = Path(base_of(model).name_or_path) / "prompt.txt"
+        if own.is_file():
+            return read_text(own)
+        if not getattr(tokenizer, "chat_template", None):
+            return "plain"
+        turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+        ids = tokenizer.apply_chat_template(turn, tokenize=True, return_dict=False)
+        ends = end_tokens(model, SimpleNamespace(eos_token_id=None))
+        return "chat" if ends & set(ids[-3:]) else "plain"
+    if option == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise UserError("This model's tokenizer has no chat template; use --prompt plain, or a template file.")
+    if option in ("chat", "plain"):
+        return option
+    template = read_text(Path(option))
+    if "{question}" not in template:
+        raise UserError(f"The prompt file {option} does not contain {{question}}.")
+    return template
+
+
+def prompt_ids(tokenizer, question: str, prompt: str, examples: list[dict]) -> list[int]:
+    """Token ids of the prompt. Worked examples cost little: the prompt is computed once for the whole group."""
+    if prompt == "chat":
+        turns = [{"role": role, "content": row[key]} for row in examples
+                 for role, key in (("user", "question"), ("assistant", "answer"))]
+        turns.append({"role": "user", "content": question})
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if prompt == "plain":
+        shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples)
+        return tokenizer.encode(f"{shots}Question: {question}\nAnswer:")
+    return tokenizer.encode(prompt.replace("{question}", question))
+
+
+def peak_memory(device: str, reset: bool = False) -> int:
+    """Peak memory in bytes since the last reset: VRAM on CUDA; on the CPU the whole process (a reset needs Linux);
+    on MPS what the driver holds now. 0 where it cannot be read."""
+    if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    with contextlib.suppress(ImportError):  # macOS counts bytes; Windows has no such module
+        return importlib.import_module("resource").getrusage(0).ru_maxrss
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Rollout: sampling groups
+# ---------------------------------------------------------------------------------------------------------------
+
+def logits_of(model, hidden):
+    """float32 logits [n, vocabulary] of final hidden states [n, width]."""
+    base = base_of(model)
+    logits = base.get_output_embeddings()(hidden).float()
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, max_new_tokens: int = 200,
+           temperature: float = 1.0, stop: str = "", rows: int = 64, seed: int = 0,
+           ends: set[int] | None = None) -> list[list[list[int]]]:
+    """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
+
+    A completion is drawn from softmax(logits / temperature) and nothing else (temperature 0: the most likely token).
+    It ends with, and keeps, the first token in `ends` (default: all that the model or tokenizer knows), or the token
+    that completes the text `stop`, or at `max_new_tokens`. At most about `rows` completions are decoded at a time.
+    """
+    ends = end_tokens(model, tokenizer) if ends is None else ends
+    generator = torch.Generator(base_of(model).device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths need little padding
+    result: list[list[list[int]]] = [[] for _ in prompts]
+    width = max(1, rows // group_size)
+    with torch.inference_mode():
+        for start in range(0, len(order), width):
+            chunk = order[start:start + width]
+            done = _sample_batch(model, tokenizer, [prompts[i] for i in chunk], group_size, max_new_tokens,
+                                 temperature, stop, ends, generator)
+            for i, group in zip(chunk, done):
+                result[i] = group
+    return result
+
+
+def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
+    base = base_of(model)
+    decoder, device = base.get_decoder(), base.device
+    longest = max(map(len, prompts))
+    visible = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # padded on the left
+    positions = (visible.cumsum(1) - 1).clamp(min=0)
+    cache = transformers.DynamicCache(config=base.config)
+    hidden = decoder(input_ids=ids, attention_mask=visible, position_ids=positions, past_key_values=cache,
+                     use_cache=True).last_hidden_state
+    # The prompt is computed once; its keys and values, its mask and its last logits are repeated for the group.
+    cache.batch_repeat_interleave(group_size)
+    logits = logits_of(model, hidden[:, -1].contiguous()).repeat_interleave(group_size, 0)  # [B * G, V]
+    visible = visible.repeat_interleave(group_size, 0)
+    position = (positions[:, -1:] + 1).repeat_interleave(group_size, 0)
+    completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
+    live = list(range(len(completions)))
+    while True:
+        if temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
+        keep = []
+        for row, token in enumerate(tokens.tolist()):
+            completion = completions[live[row]]
+            completion.append(token)
+            ended = token in ends or len(completion) >= max_new_tokens
+            if not ended and not (stop and stop in tokenizer.decode(completion[-16:])):
+                keep.append(row)
+        if not keep:
+            return [completions[i:i + group_size] for i in range(0, len(completions), group_size)]
+        if len(keep) < len(live):  # finished rows would cost as much as the others
+            live = [live[row] for row in keep]
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            tokens, visible, position = tokens[index], visible[index], position[index]
+        visible = torch.cat([visible, visible.new_ones(len(live), 1)], 1)
+        hidden = decoder(input_ids=tokens[:, None], attention_mask=visible, position_ids=position,
+                         past_key_values=cache, use_cache=True).last_hidden_state
+        logits, position = logits_of(model, hidden[:, -1].contiguous()), position + 1
+
+
+@dataclass
+class Rollout:
+    """One group: a problem's prompt (with the prefix that a replay starts from), its completions, their rewards."""
+    problem: Problem
+    prompt: list[int]
+    completions: list[list[int]]
+    rewards: list[float]
+    texts: list[str]
+    prefix: list[int] = field(default_factory=list)
+
+    @property
+    def has_signal(self) -> bool:
+        return len(set(self.rewards)) > 1
+
+
+def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]], settings, seed: int) -> list[Rollout]:
+    """Sample and score one group per problem, each after its prefix (empty but for replays)."""
+    prompts = [policy.prompt_ids(problem.question) + prefix for problem, prefix in zip(problems, prefixes)]
+    groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, stop=policy.stop, seed=seed,
+                    max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                    rows=settings.batch_rows)
+    rollouts = []
+    for problem, prefix, prompt, completions in zip(problems, prefixes, prompts, groups):
+        texts = [policy.text(prefix + completion) for completion in completions]
+        rewards = [number_reward(text, problem.answer) for text in texts]
+        rollouts.append(Rollout(problem, prompt, completions, rewards, texts, prefix))
+    return rollouts
+
+
+def replay_points(rollouts: list[Rollout], count: int, max_new_tokens: int, rng: random.Random):
+    """(problems, prefixes) of `count` replays: random positions inside, by turns, successful and failed completions,
+    so that later positions branch too. Groups that never succeed have nothing to tell apart and are left alone."""
+    pools = [[(r.problem, c) for r in rollouts if max(r.rewards) > 0 for c, reward in zip(r.completions, r.rewards)
+              if (reward == max(r.rewards)) == success and 2 < len(c) < max_new_tokens] for success in (True, False)]
+    pools = [pool for pool in pools if pool]
+    points = [rng.choice(pools[i % len(pools)]) for i in range(count if pools else 0)]
+    return [p for p, _ in points], [c[:rng.randrange(1, len(c) - 1)] for _, c in points]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Credit: the trie and one short pure function per method
+# ---------------------------------------------------------------------------------------------------------------
+
+class Trie:
+    """The completions of one prompt, shared prefixes stored once. A node is one token after one exact prefix.
+
+    .tokens   token id of each node
+    .parents  parent of each node, always of lower index; -1 where the parent is the prompt
+    .depths   position in the completion, from 0
+    .paths    for each completion, its nodes from first to last token
+    """
+
+    def __init__(self, completions: list[list[int]]):
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.paths: list[list[int]] = []
+        node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        for completion in completions:
+            node, path = -1, []
+            for depth, token in enumerate(completion):
+                key = (node, token)
+                if key not in node_of:
+                    node_of[key] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(node)
+                    self.depths.append(depth)
+                node = node_of[key]
+                path.append(node)
+            self.paths.append(path)
+
+
+def _advantages(rewards: list[float], eps: float = 1e-4) -> list[float]:
+    """(R - mean) / (std + eps) with the population's standard deviation (Shao et al. 2024, arXiv 2402.03300)."""
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / (std + eps) for r in rewards]
+
+
+def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
+    """Give each chosen node of completion i its share A_i / (G * len_i); opposite shares of one node cancel."""
+    weights: dict[int, float] = defaultdict(float)
+    for advantage, nodes in zip(_advantages(rewards), chosen):
+        for node in nodes:
+            weights[node] += advantage / (len(chosen) * len(nodes))
+    return {node: weight for node, weight in weights.items() if abs(weight) > 1e-9}
+
+
+def grpo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
+    """GRPO (arXiv 2402.03300), every token: {node: sum over completions i through it of A_i / (G * len_i)}."""
+    return _spread(rewards, trie.paths)
+
+
+def s_grpo_weights(trie: Trie, rewards: list[float], alpha: int, p: float, rng: random.Random) -> dict[int, float]:
+    """S-GRPO (arXiv 2504.20834): as GRPO over a random subset of each completion's positions, drawn with `rng`:
+    every position t < alpha, and each t >= alpha with probability p; len_i is the size of the subset."""
+    return _spread(rewards, [[n for n in path if trie.depths[n] < alpha or rng.random() < p] for path in trie.paths])
+
+
+def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
+    """T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, where A(v|p) is the mean reward of the
+    completions through prefix p and token v, minus that of all completions through p. Only branch points get any."""
+    through: dict[int, list[float]] = defaultdict(list)
+    for path, reward in zip(trie.paths, rewards):
+        for node in [-1, *path]:
+            through[node].append(reward)
+    mean = {node: sum(rs) / len(rs) for node, rs in through.items()}
+    credit = {n: mean[n] - mean[parent] for n, parent in enumerate(trie.parents) if abs(mean[n] - mean[parent]) > 1e-9}
+    return {node: value / len(credit) for node, value in credit.items()}
+
+
+def credit_weights(method: str, trie: Trie, rewards: list[float], settings, rng: random.Random) -> dict[int, float]:
+    if method == "grpo":
+        return grpo_weights(trie, rewards)
+    if method == "s-grpo":
+        return s_grpo_weights(trie, rewards, settings.alpha, settings.p, rng)
+    return t_spmo_weights(trie, rewards)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Update: pack, forward, loss
+# ---------------------------------------------------------------------------------------------------------------
+
+LOGIT_ROWS = 128  # rows of [vocabulary] logits that exist at a time
+
+
+def pack(prompt: list[int], trie: Trie, nodes: list[int]):
+    """One sequence of the prompt and all ancestors of `nodes`, each once: (ids [L], positions [L], allowed [L, L] of
+    bool, slot {node: index in the sequence}). A row of `allowed` sees the prompt and the node's own ancestors."""
+    needed: set[int] = set()
+    for node in nodes:
+        node = trie.parents[node]
+        while node >= 0 and node not in needed:
+            needed.add(node)
+            node = trie.parents[node]
+    order, start = sorted(needed), len(prompt)  # parents come before their children
+    slot = {-1: start - 1} | {node: start + i for i, node in enumerate(order)}
+    ids = torch.tensor(prompt + [trie.tokens[n] for n in order])
+    positions = torch.tensor([*range(start), *(start + trie.depths[n] for n in order)])
+    allowed = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    allowed[start:, start:] = False
+    for node in order:
+        row = slot[node]
+        allowed[row] = allowed[slot[trie.parents[node]]]
+        allowed[row, row] = True
+    return ids, positions, allowed, slot
+
+
+def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], temperature: float = 1.0):
+    """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
+
+    One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few rows at a time and
+    computed again in the backward pass, so that [tokens, vocabulary] never exists. Equal to one forward pass per
+    completion up to rounding. Raises UserError where a sliding attention window is shorter than the sequence.
+    """
+    base = base_of(model)
+    ids, positions, allowed, slot = pack(prompt_ids, trie, nodes)
+    check_window(base.config, int(positions.max()) + 2)
+    dtype, device = base.get_input_embeddings().weight.dtype, base.device
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+    hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False,
+                                attention_mask=mask[None, None].to(device)).last_hidden_state[0]  # [L, width]
+    children: dict[int, list[int]] = defaultdict(list)  # slot of the parent -> places in `nodes`
+    for place, node in enumerate(nodes):
+        children[slot[trie.parents[node]]].append(place)
+    slots, parts, places = list(children), [], []
+    for start in range(0, len(slots), LOGIT_ROWS):
+        rows = slots[start:start + LOGIT_ROWS]
+        picked = [(i, place) for i, row in enumerate(rows) for place in children[row]]
+        index = torch.tensor([[i for i, _ in picked], [trie.tokens[nodes[place]] for _, place in picked]], device=device)
+        args = (model, hidden[torch.tensor(rows, device=device)], index, temperature)
+        few = len(slots) <= LOGIT_ROWS or not hidden.requires_grad
+        parts.append(_node_logprobs(*args) if few else
+                     torch.utils.checkpoint.checkpoint(_node_logprobs, *args, use_reentrant=False))
+        places += [place for _, place in picked]
+    return torch.cat(parts)[torch.tensor(places, device=device).argsort()]
+
+
+def _node_logprobs(model, hidden, index, temperature):
+    """hidden [r, width], index [2, k] of (row, token) -> log-probs [k]."""
+    logits = logits_of(model, hidden) / temperature
+    return logits[index[0], index[1]] - logits.logsumexp(-1)[index[0]]
+
+
+def check_window(config, length: int) -> None:
+    """Packed and cached attention are exact only while everything lies inside a model's sliding window."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    if window and slides and length > window:
+        raise UserError(f"Prompt and completion need {length} tokens, but this model attends over a sliding window of "
+                        f"{window}; lower --max-new-tokens or shorten the prompt.")
+
+
+def check_packing(model, tokenizer) -> None:
+    """Compare the packed pass with plain forward passes on a few tokens, so that a model that ignores masks or
+    positions (recurrent ones, say) or scales its logits in its own way is refused rather than trained wrongly."""
+    base, device = base_of(model), base_of(model).device
+    rng = random.Random(0)
+    ids = [rng.randrange(min(len(tokenizer), base.config.get_text_config().vocab_size)) for _ in range(12)]
+    prompt, completions = ids[:5], [ids[5:9], ids[5:7] + ids[9:12]]
+    trie = Trie(completions)
+    with torch.inference_mode():
+        packed = packed_logprobs(model, prompt, trie, list(range(len(trie.tokens))))
+        for path, completion in zip(trie.paths, completions):
+            logits = base(input_ids=torch.tensor([prompt + completion], device=device)).logits[0].float()
+            plain = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(completion, device=device)[:, None])
+            gap = (packed[path] - plain[:, 0]).abs().max().item()
+            if not gap < (1e-3 if base.dtype == torch.float32 else 0.5):
+                raise UserError(f"This model's architecture ({base.config.model_type}) does not fit the packed update "
+                                f"(log-probs differ by {gap:.3g}); use a plain decoder such as Qwen2, Llama or Gemma.")
+
+
+def group_loss(policy: Policy, rollout: Rollout, trie: Trie, weights: dict[int, float], settings):
+    """The loss of one group, a scalar: the docstring's formula, plus beta * KL to the model without its adapter."""
+    nodes = list(weights)
+    weight = torch.tensor([weights[n] for n in nodes], device=base_of(policy.model).device)
+    logp = packed_logprobs(policy.model, rollout.prompt, trie, nodes, settings.temperature)
+    # On pi instead of log pi, a branch counts by how likely it is; the gradient of pi is pi * grad log pi.
+    loss = -(weight * (logp.exp() if settings.method == "t-spmo" and settings.on_prob else logp)).sum()
+    if settings.beta:
+        with torch.no_grad(), policy.model.disable_adapter():
+            gap = packed_logprobs(policy.model, rollout.prompt, trie, nodes, settings.temperature)
+        gap = gap - logp
+        loss = loss + settings.beta * (gap.exp() - gap - 1).mean()  # the k3 estimate of Schulman, per trained token
+    return loss
+
+
+def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settings, rng: random.Random) -> dict:
+    """One optimizer step on all groups; groups without signal cost nothing. Returns what was trained.
+
+    A step with a non-finite gradient is skipped and reported, and the adapter stays as it was.
+    """
+    params = [p for p in policy.model.parameters() if p.requires_grad]
+    trained, loss_sum = 0, 0.0
+    for rollout in rollouts:
+        trie = Trie(rollout.completions)
+        weights = credit_weights(settings.method, trie, rollout.rewards, settings, rng) if rollout.has_signal else {}
+        if weights:
+            loss = group_loss(policy, rollout, trie, weights, settings) / len(rollouts)
+            loss.backward()
+            trained, loss_sum = trained + len(weights), loss_sum + loss.item()
+    if trained and settings.l2:
+        (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], settings.max_grad_norm))
+    skipped = not math.isfinite(norm)
+    if trained and not skipped:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"tokens_trained": trained, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. Train and evaluate: short loops that call the above
+# ---------------------------------------------------------------------------------------------------------------
+
+def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
+    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone so that a resumed
+    run sees what the uninterrupted one would have seen."""
+    picked = []
+    for i in range(step * count, (step + 1) * count):
+        epoch, place = divmod(i, len(problems))
+        order = random.Random(f"{seed}/{epoch}").sample(range(len(problems)), len(problems))
+        picked.append(problems[order[place]])
+    return picked
+
+
+def learning_rate(step: int, settings) -> float:
+    """Linear warm-up over the first tenth of the steps, then linear decay to a tenth of the peak."""
+    warm = max(1, settings.steps // 10)
+    decay = 1 - 0.9 * max(0, step + 1 - warm) / max(1, settings.steps - warm)
+    return settings.lr * min((step + 1) / warm, decay)
+
+
+def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, settings) -> dict:
+    """Rollout, credit, update; returns one row of metrics."""
+    device, rng = str(base_of(policy.model).device), random.Random(f"{settings.seed}/{step}")
+    peak_memory(device, reset=True)
+    start = time.perf_counter()
+    asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)
+    rollouts = roll_out(policy, asked, [[]] * len(asked), settings, seed=rng.getrandbits(32))
+    if settings.replay:
+        points = replay_points(rollouts, settings.replay, settings.max_new_tokens, rng)
+        replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32)) if points[0] else []
+    else:
+        replays = []
+    middle = time.perf_counter()
+    updated = update(policy, rollouts + replays, optimizer, learning_rate(step, settings), settings, rng)
+    ends, completions = end_tokens(policy.model, policy.tokenizer), [c for r in rollouts for c in r.completions]
+    rewards = [reward for r in rollouts for reward in r.rewards]
+    share = lambda values: sum(values) / max(1, len(values))  # noqa: E731
+    return {
+        "step": step + 1, "reward": share(rewards), "accuracy": share([reward == 1 for reward in rewards]),
+        "signal": share([r.has_signal for r in rollouts + replays]),
+        "distinct": share([len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts]),
+        "tokens_generated": sum(len(c) for r in rollouts + replays for c in r.completions), **updated,
+        "length": share([len(c) for c in completions]),
+        "truncated": share([not is_finished(policy, c, ends) for c in completions]),
+        "lr": learning_rate(step, settings), "rollout_s": middle - start, "update_s": time.perf_counter() - middle,
+        "peak_memory": peak_memory(device)}
+
+
+def is_finished(policy: Policy, completion: list[int], ends: set[int]) -> bool:
+    return completion[-1] in ends or bool(policy.stop) and policy.stop in policy.tokenizer.decode(completion)
+
+
+def new_optimizer(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+
+
+def train(policy: Policy, problems: list[Problem], settings, run: Path, stop: list) -> Iterator[dict]:
+    """Train until settings.steps, yielding one row of metrics a step, saving into `run`; `stop` ends it early once
+    something is put in. Continues where run/state.pt left off if there is one."""
+    optimizer, first = new_optimizer(policy.model), 0
+    if (run / "state.pt").exists():
+        first = load_state(run, policy.model, optimizer)
+    failures = 0
+    for step in range(first, settings.steps):
+        metrics = train_step(policy, problems, optimizer, step, settings)
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        yield metrics
+        failures = failures + 1 if metrics["skipped"] else 0
+        if failures == 3:
+            save_run(run, policy.model, optimizer, step + 1)
+            raise UserError("Three steps in a row had a non-finite loss or gradient; the last good adapter is kept in "
+                            f"{run}. Lower --lr, or use --dtype float32.")
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop:
+            save_run(run, policy.model, optimizer, step + 1)
+        if stop:
+            return
+
+
+def save_run(run: Path, model, optimizer, step: int) -> None:
+    """The adapter as peft writes it, and state.pt for --resume; each file replaces the old one only when complete."""
+    temporary = run / "saving.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(str(temporary))
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    torch.save({"step": step, "optimizer": optimizer.state_dict(), "weights": weights}, temporary / "state.pt")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "state.pt"):
+        os.replace(temporary / name, run / name)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_state(run: Path, model, optimizer) -> int:
+    """Put model and optimizer back to the saved step, cut the metrics there, and return the step."""
+    state = torch.load(run / "state.pt", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    rows = [row for _, row in read_rows(run / "metrics.jsonl") if row["step"] <= state["step"]]
+    write_jsonl(run / "metrics.jsonl", rows)
+    return state["step"]
+
+
+def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0,
+             advance: Callable[[int], None] = lambda n: None, stop: list = ()) -> list[dict]:
+    """One record per problem: the greedy completion and whether it is right, and with `samples` > 0 how many of that
+    many samples at settings.temperature are right."""
+    records, ends = [], end_tokens(policy.model, policy.tokenizer)
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))
+    width = max(1, settings.batch_rows // max(1, samples))
+    for start in range(0, len(order), width):
+        chunk = [problems[i] for i in order[start:start + width]]
+        prompts = [policy.prompt_ids(problem.question) for problem in chunk]
+        draw = lambda count, temperature: sample(  # noqa: E731
+            policy.model, policy.tokenizer, prompts, count, temperature=temperature, stop=policy.stop,
+            max_new_tokens=settings.max_new_tokens, rows=settings.batch_rows, seed=settings.seed + start)
+        greedy = [group[0] for group in draw(1, 0.0)]
+        sampled = draw(samples, settings.temperature) if samples else [[] for _ in chunk]
+        for i, problem, completion, group in zip(order[start:], chunk, greedy, sampled):
+            text = policy.text(completion)
+            records.append({
+                "index": i, **asdict(problem), "completion": text, "correct": number_reward(text, problem.answer) == 1,
+                "length": len(completion), "truncated": not is_finished(policy, completion, ends),
+                "samples": len(group), "samples_correct": sum(number_reward(policy.text(c), problem.answer) == 1
+                                                              for c in group)})
+        advance(len(chunk))
+        if stop:
+            raise KeyboardInterrupt
+    return sorted(records, key=lambda record: record["index"])
+
+
+def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927)."""
+    share, scale = right / total, 1 + z * z / total
+    middle = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(before: list[bool], after: list[bool]) -> float:
+    """Exact two-sided p-value that the same problems are solved as often after as before (McNemar 1947)."""
+    mended = sum(b < a for b, a in zip(before, after))
+    broken = sum(b > a for b, a in zip(before, after))
+    tail = sum(math.comb(mended + broken, k) for k in range(min(mended, broken) + 1)) / 2 ** (mended + broken)
+    return min(1.0, 2 * tail)
+
+
+def pass_at_k(total: int, right: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, from `total` samples (Chen et al. 2021, arXiv 2107.03374)."""
+    return 1.0 - math.comb(total - right, k) / math.comb(total, k)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 7. Command line: typer commands, rich tables
+# ---------------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(help="Teach a language model to reason with reinforcement learning on a few sampled tokens.",
+                  no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
+DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
+
+
+class Method(str, Enum):
+    s_grpo = "s-grpo"
+    t_spmo = "t-spmo"
+    grpo = "grpo"
+
+
+def option(help: str, *names: str, panel: str, **limits):
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=limits.pop("show_default", True), **limits)
+
+
+DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
+Model = Annotated[str, option("Hub id, local folder or .gguf file. auto: Qwen2-1.5B on a GPU if it can be loaded, "
+                              "else the bundled demo model.", panel="Model")]
+Device = Annotated[str, option("auto, cpu, cuda or mps.", panel="Model")]
+Dtype = Annotated[str, option("auto, float32 or bfloat16.", panel="Model")]
+Prompt = Annotated[str, option("auto, chat, plain (worked examples as Question/Answer), or a file with {question} in "
+                               "it.", panel="Model")]
+MaxNewTokens = Annotated[int, option("Longest completion, in tokens.", panel="Rollout", min=1)]
+BatchRows = Annotated[int, option("Completions decoded at a time; lower it when memory runs out.", panel="Rollout",
+                                  min=1)]
+Temperature = Annotated[float, option("Samples come from softmax(logits / temperature).", panel="Rollout", min=0.01)]
+Seed = Annotated[int, option("Fixes the order of problems, the samples and the adapter's start.", panel="Run")]
+
+
+def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
+    """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
+    name, bundled = settings.model, DATA / "demo"
+    if name == "auto":
+        if settings.task == "svamp" and not pick_device(settings.device).startswith("cuda"):
+            reason, name = "There is no CUDA GPU", str(bundled)
+        else:
+            name = DEFAULT_MODEL
+            try:
+                return policy_of(name, settings)
+            except UserError as error:
+                if settings.task != "svamp" or "hub" not in str(error):
+                    raise
+                reason, name = f"{DEFAULT_MODEL} could not be loaded", str(bundled)
+        console.print(f"{reason}, so this is the bundled demo: a 1.3 M-parameter model and 1,000 SVAMP-style problems.\n"
+                      "For the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a folder.", style="yellow")
+    return policy_of(name, settings)
+
+
+def policy_of(name: str, settings) -> tuple[Policy, list[Problem], list[Problem]]:
+    demo = Path(name).resolve() == DATA / "demo"
+    task, data_dir = ("demo", DATA) if demo else (settings.task, settings.data_dir)
+    if task == "svamp" and not (data_dir / task / "train.jsonl").exists():
+        console.print("Preparing SVAMP first (python tokenrl.py prep svamp) ...")
+        write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, data_dir)
+    train_set, test_set, examples = load_task(task, data_dir)
+    if not demo and not Path(name).exists():
+        console.print(f"Loading {name} ...")
+    model, tokenizer = load_model(name, settings.device, settings.dtype)
+    settings.model = name
+    return Policy(model, tokenizer, choose_prompt(settings.prompt, model, tokenizer), examples), train_set, test_set
+
+
+@app.command()
+def prep(
+    what: Annotated[str, typer.Argument(help="svamp, multiply, or a CSV or JSONL file of yours.", metavar="TASK|FILE")],
+    source: Annotated[Optional[Path], option("SVAMP.json on this machine instead of a download.", panel="Data")] = None,
+    digits: Annotated[str, option("multiply: digits of both numbers (3), or of each (2x1).", panel="Data")] = "2",
+    count: Annotated[int, option("multiply: how many problems.", panel="Data", min=2)] = 1000,
+    question: Annotated[str, option("FILE: column that holds the question.", panel="Data")] = "question",
+    answer: Annotated[str, option("FILE: column that holds the answer.", panel="Data")] = "answer",
+    name: Annotated[str, option("Name of the task.", panel="Data", show_default="svamp, multiply, or the file's")] = "",
+    test_share: Annotated[float, option("Share held out for the test.", panel="Data", min=0.01, max=0.99)] = 0.3,
+    seed: Annotated[int, option("Fixes the split and the generated problems.", panel="Data")] = 0,
+    data_dir: DataDir = DATA,
+):
+    """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
+    if what == "svamp":
+        problems, rejected = svamp_problems(source)
+    elif what == "multiply":
+        problems, rejected = multiply_problems(digits, count, seed)
+    else:
+        problems, rejected = file_problems(Path(what), question, answer)
+    name = name or Path(what).stem
+    if not re.fullmatch(r"[\w.-]+", name) or name == "demo":
+        raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
+    examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
+    train_size, test_size = write_task(name, problems, examples, test_share, seed, data_dir)
+    table = Table("", "problems", title=f"{name}: {data_dir / name}", title_justify="left")
+    table.columns[1].justify = "right"
+    for label, value in [("read", len(problems) + sum(rejected.values())), ("train", train_size), ("test", test_size),
+                         *((f"rejected: {reason}", number) for reason, number in rejected.items())]:
+        table.add_row(label, f"{value:,}")
+    console.print(table)
+    console.print(f"Next: python tokenrl.py train {name}", highlight=False)
+
+
+@app.command(name="train")
+def train_command(
+    context: typer.Context,
+    task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
+    method: Annotated[Method, option("Which tokens are trained, and with what credit.", panel="Credit")] = Method.s_grpo,
+    alpha: Annotated[int, option("s-grpo: the first ALPHA positions are always trained ...", panel="Credit", min=0)] = 4,
+    p: Annotated[float, option("... and each later one with this probability.", "--p", panel="Credit", min=0, max=1)] = 0.3,
+    on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
+                                    panel="Credit")] = True,
+    replay: Annotated[int, option("Extra groups a step, sampled from inside completions.", panel="Credit", min=0)] = 0,
+    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
+    lora_rank: Annotated[int, option("Rank of the LoRA matrices.", panel="Model", min=1)] = 16,
+    lora_alpha: Annotated[float, option("LoRA's scale; the update is multiplied by alpha / rank.", panel="Model")] = 32,
+    lora_targets: Annotated[str, option("Modules that get LoRA, with commas.", panel="Model")] = "q_proj,v_proj",
+    lora_layers: Annotated[float, option("Share of the layers, from the last, that get LoRA.", panel="Model",
+                                         min=0.001, max=1)] = 1 / 3,
+    prompts_per_step: Annotated[int, option("Problems asked per step.", panel="Rollout", min=1)] = 8,
+    group_size: Annotated[int, option("Completions sampled per problem (G).", panel="Rollout")] = 8,
+    max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
+    steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
+    lr: Annotated[float, option("Peak learning rate; warms up, then decays.", panel="Update", min=0)] = 1e-3,
+    beta: Annotated[float, option("Weight of the KL term to the model without its adapter.", panel="Update", min=0)] = 0.0,
+    l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
+    max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", panel="Update", min=0)] = 1.0,
+    name: Annotated[str, option("The run's folder in runs/.", panel="Run", show_default="TASK-METHOD")] = "",
+    resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
+    save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
+    eval_problems: Annotated[int, option("Test problems before and after training; 0 for all.", panel="Run", min=0)] = 0,
+    dry_run: Annotated[bool, option("Only take one worst-case step and say what memory it took.", panel="Run")] = False,
+    seed: Seed = 0, data_dir: DataDir = DATA,
+):
+    """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
+    given = {k: v.value if isinstance(v, Enum) else v for k, v in context.params.items()}
+    settings = SimpleNamespace(**{k: v for k, v in given.items() if k not in ("resume", "dry_run", "name")})
+    if resume:
+        resume_settings(settings, resume, context)
+    if settings.group_size < 2:
+        raise UserError("--group-size must be at least 2: an advantage compares completions of the same problem.")
+    policy, train_set, test_set = find_policy(settings)
+    torch.manual_seed(settings.seed)
+    policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
+                            settings.lora_layers)
+    check_packing(policy.model, policy.tokenizer)
+    check_window(base_of(policy.model).config, settings.max_new_tokens + max(
+        len(policy.prompt_ids(problem.question)) for problem in train_set + test_set))
+    if dry_run:
+        return show_dry_run(policy, train_set, settings)
+    run = resume or new_run(name or f"{task}-{settings.method}", settings)
+    show_start(policy, settings, run, train_set, test_set)
+    test_set = test_set[:settings.eval_problems or None]
+    with catch_signals() as stop:
+        base = evaluate_once(policy, test_set, settings, run, "base", stop)
+        show_accuracy("before training", base)
+        with live_table(settings) as show:
+            for metrics in train(policy, train_set, settings, run, stop):
+                show(metrics)
+        if stop:
+            console.print(f"Stopped and saved. Continue with: python tokenrl.py train {task} --resume {run}")
+            raise typer.Exit(128 + stop[0])
+        trained = evaluate_once(policy, test_set, settings, run, "trained", stop)
+    device = str(base_of(policy.model).device)
+    rows = [row for _, row in read_rows(run / "metrics.jsonl")]
+    console.print(comparison_table({"base": base, "trained": trained}, f"{task}, {settings.method}, {run}"))
+    console.print(training_summary(rows, device), highlight=False)
+    console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {run}", highlight=False)
+
+
+def resume_settings(settings, run: Path, context) -> None:
+    """Take the run's own settings; an option given now must agree with them."""
+    if not (run / "config.json").exists():
+        raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
+    saved = json.loads(read_text(run / "config.json"))["settings"]
+    for key in ("data_dir",):
+        saved[key] = Path(saved[key])
+    explicit = [k for k in vars(settings) if context.get_parameter_source(k).name == "COMMANDLINE" and k in saved]
+    differing = [k for k in explicit if vars(settings)[k] != saved[k]]
+    if differing:
+        raise UserError("--resume continues a run with its own settings, but these differ: " + ", ".join(
+            f"{k} was {saved[k]}, now {vars(settings)[k]}" for k in differing))
+    vars(settings).update(saved)
+
+
+def new_run(name: str, settings) -> Path:
+    """runs/NAME, or runs/NAME-2, -3, ... where that is taken; settings and versions are written into it."""
+    run = Path("runs") / name
+    for number in range(2, 10_000):
+        if not run.exists():
+            break
+        run = Path("runs") / f"{name}-{number}"
+    run.mkdir(parents=True)
+    versions = {m: importlib.import_module(m).__version__ for m in ("torch", "transformers", "peft")}
+    saved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
+    write_atomically(run / "config.json", json.dumps({"settings": saved, "versions": versions}, indent=2) + "\n")
+    return run
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step in progress can be finished and
+    saved. A second one ends the program at once."""
+    stop: list[int] = []
+
+    def handle(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+        console.print("Finishing this step, then saving (press again to give up at once) ...")
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        errors.print("Interrupted; what was saved before is intact.")
+        raise typer.Exit(128 + stop[0]) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def bar(total: int, label: str):
+    """A progress bar with time left; nothing where there is no terminal."""
+    return Progress(TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                    TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+
+
+def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, phase: str, stop: list) -> list[dict]:
+    """Evaluate and append to run/eval.jsonl, or take the records from there when resuming."""
+    path = run / "eval.jsonl"
+    old = [row for _, row in read_rows(path)] if path.exists() else []
+    if done := [row for row in old if row["phase"] == phase]:
+        return done
+    with bar(len(problems), "evaluating") as progress:
+        task = progress.add_task("", total=len(problems))
+        records = evaluate(policy, problems, settings, 0, lambda n: progress.advance(task, n), stop)
+    records = [{"phase": phase, **record} for record in records]
+    write_jsonl(path, old + records)
+    return records
+
+
+def accuracy(records: list[dict]) -> float:
+    return sum(record["correct"] for record in records) / len(records)
+
+
+def show_accuracy(label: str, records: list[dict]) -> None:
+    console.print(f"{label}: {accuracy(records):.1%} of {len(records)} test problems right (greedy)", highlight=False)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size else "-"
+
+
+def memory_name(device: str) -> str:
+    return "VRAM" if device.startswith("cuda") else "memory"
+
+
+COLUMNS = [("step", 4, lambda m: f"{m['step']}"), ("reward", 6, lambda m: f"{m['reward']:.3f}"),
+           ("acc", 4, lambda m: f"{m['accuracy']:.0%}"), ("signal", 6, lambda m: f"{m['signal']:.0%}"),
+           ("uniq", 4, lambda m: f"{m['distinct']:.0%}"), ("tokens", 6, lambda m: f"{m['tokens_generated']}"),
+           ("trained", 10, lambda m: f"{m['tokens_trained']} {m['tokens_trained'] / m['tokens_generated']:4.0%}"),
+           ("len", 4, lambda m: f"{m['length']:.0f}"), ("roll s", 6, lambda m: f"{m['rollout_s']:.2f}"),
+           ("upd s", 5, lambda m: f"{m['update_s']:.2f}"),
+           ("GiB", 5, lambda m: f"{m['peak_memory'] / 2**30:.2f}" + ("!" if m["skipped"] else ""))]
+
+
+@contextlib.contextmanager
+def live_table(settings):
+    """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        print(" ".join(f"{name:>{width}}" for name, width, _ in COLUMNS))
+        yield lambda metrics: print(" ".join(f"{text(metrics):>{width}}" for _, width, text in COLUMNS), flush=True)
+        return
+    progress, rows = bar(settings.steps, "training"), []
+    task = progress.add_task("", total=settings.steps)
+
+    def draw():
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+        for name, width, _ in COLUMNS:
+            table.add_column(name, justify="right", min_width=width, no_wrap=True)
+        for metrics in rows[-max(3, console.height - 6):]:
+            table.add_row(*(text(metrics) for _, _, text in COLUMNS), style="red" if metrics["skipped"] else None)
+        return Stack(table, progress)
+
+    with Live(draw(), console=console, refresh_per_second=4) as live:
+        def show(metrics):
+            rows.append(metrics)
+            progress.update(task, completed=metrics["step"])
+            live.update(draw())
+        yield show
+
+
+def show_start(policy: Policy, settings, run: Path, train_set, test_set) -> None:
+    base = base_of(policy.model)
+    trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in policy.model.parameters())
+    kind = policy.prompt if policy.prompt in ("chat", "plain") else "template"
+    console.print(f"[bold]{settings.method}[/] on {settings.task}: {len(train_set)} train, {len(test_set)} test problems; "
+                  f"{settings.prompts_per_step} prompts x {settings.group_size} completions a step\n"
+                  f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained by LoRA, "
+                  f"{str(base.dtype).split('.')[1]} on {base.device}, {kind} prompt; run {run}", highlight=False)
+
+
+def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
+    """One column per policy; paired comparisons are with the first."""
+    table = Table("", *results, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    first = [record["correct"] for record in next(iter(results.values()))]
+    rows: dict[str, list[str]] = defaultdict(list)
+    for number, records in enumerate(results.values()):
+        right, total = sum(r["correct"] for r in records), len(records)
+        low, high = wilson(right, total)
+        rows["accuracy (greedy)"].append(f"{right / total:.1%}  ({right}/{total})")
+        rows["95 % interval"].append(f"{low:.1%} to {high:.1%}")
+        correct = [record["correct"] for record in records]
+        rows["difference, paired"].append(f"{(right - sum(first)) / total * 100:+.1f} points" if number else "")
+        rows["p (exact McNemar)"].append(f"{mcnemar(first, correct):.2g}" if number else "")
+        if count := records[0]["samples"]:
+            sampled = [(count, record["samples_correct"]) for record in records]
+            rows["accuracy (sampled)"].append(f"{sum(c for _, c in sampled) / (count * total):.1%}")
+            for k in sorted({2 ** i for i in range(1, 8) if 2 ** i < count} | {count}):
+                rows[f"pass@{k}"].append(f"{sum(pass_at_k(n, c, k) for n, c in sampled) / total:.1%}")
+        rows["mean length, tokens"].append(f"{sum(r['length'] for r in records) / total:.1f}")
+        rows["truncated"].append(f"{sum(r['truncated'] for r in records) / total:.1%}")
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    return table
+
+
+def training_summary(rows: list[dict], device: str) -> Table:
+    total = lambda key: sum(row[key] for row in rows)  # noqa: E731
+    table = Table("training", "", title_justify="left")
+    table.columns[1].justify = "right"
+    share = total("tokens_trained") / max(1, total("tokens_generated"))
+    for label, value in [
+            ("steps", str(len(rows))), ("tokens generated", f"{total('tokens_generated'):,}"),
+            ("tokens trained", f"{total('tokens_trained'):,}  ({share:.1%})"),
+            ("groups with signal", f"{total('signal') / len(rows):.0%}"),
+            ("rollout / update, s a step", f"{total('rollout_s') / len(rows):.2f} / {total('update_s') / len(rows):.2f}"),
+            ("training time", f"{(total('rollout_s') + total('update_s')) / 60:.1f} min"),
+            (f"peak {memory_name(device)}", gigabytes(max(row["peak_memory"] for row in rows)))]:
+        table.add_row(label, value)
+    return table
+
+
+def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
+    """One step at its worst: the longest prompts, completions that never end, and signal in every group."""
+    device = str(base_of(policy.model).device)
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    longest = sorted(problems, key=lambda problem: -len(policy.prompt_ids(problem.question)))[:settings.prompts_per_step]
+    prompts = [policy.prompt_ids(problem.question) for problem in longest]
+    peak_memory(device, reset=True)
+    start = time.perf_counter()
+    groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, rows=settings.batch_rows, ends=set(),
+                    max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    rollout_s, rollout_peak = time.perf_counter() - start, peak_memory(device)
+    rewards = [float(i % 2) for i in range(settings.group_size)]
+    rollouts = [Rollout(q, prompt, group, rewards, []) for q, prompt, group in zip(longest, prompts, groups)]
+    peak_memory(device, reset=True)
+    updated = update(policy, rollouts, new_optimizer(policy.model), 0.0, settings, random.Random(0))
+    update_s = time.perf_counter() - start - rollout_s
+    table = Table("worst-case step", "", title=f"dry run, {settings.method}", title_justify="left")
+    for label, value in [("weights", gigabytes(weights)), (f"peak {memory_name(device)}, rollout", gigabytes(rollout_peak)),
+                         (f"peak {memory_name(device)}, update", gigabytes(peak_memory(device))),
+                         ("tokens generated", f"{sum(len(c) for g in groups for c in g):,}"),
+                         ("tokens trained", f"{updated['tokens_trained']:,}"),
+                         ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}")]:
+        table.add_row(label, value)
+    console.print(table)
+
+
+@app.command(name="eval")
+def eval_command(
+    task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
+    adapter: Annotated[Optional[list[Path]], option("A run's folder; may be given several times.", panel="Model")] = None,
+    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
+    max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
+    samples: Annotated[int, option("Also draw this many samples a problem, for pass@k.", panel="Rollout", min=0)] = 0,
+    limit: Annotated[int, option("Only the first N test problems; 0 for all.", panel="Data", min=0)] = 0,
+    output: Annotated[Optional[Path], option("Write every answer to this JSONL file.", panel="Data")] = None,
+    min_accuracy: Annotated[float, option("Exit with code 1 if the last column is below this share.", panel="Run",
+                                          min=0, max=1)] = 0.0,
+    seed: Seed = 0, data_dir: DataDir = DATA,
+):
+    """Compare the base model and any number of adapters on the held-out problems."""
+    settings = SimpleNamespace(task=task, model=model, device=device, dtype=dtype, prompt=prompt, seed=seed,
+                               max_new_tokens=max_new_tokens, temperature=temperature, batch_rows=batch_rows,
+                               data_dir=data_dir)
+    adapters = adapter or []
+    if adapters and model == "auto":
+        settings.model = adapter_base(adapters[0])
+    policy, _, problems = find_policy(settings)
+    problems = problems[:limit or None]
+    names = unique_names(adapters)
+    for folder, name in zip(adapters, names):
+        policy.model = load_adapter(policy.model, folder, name)
+    results, rows = {}, []
+    with bar(len(problems), "evaluating") as progress:
+        task_id = progress.add_task("", total=len(problems) * (1 + len(names)))
+        for name in ["base", *names]:
+            if name != "base":
+                policy.model.set_adapter(name)
+            off = policy.model.disable_adapter() if adapters and name == "base" else contextlib.nullcontext()
+            with off:
+                results[name] = evaluate(policy, problems, settings, samples, lambda n: progress.advance(task_id, n))
+            rows += [{"policy": name, **record} for record in results[name]]
+    if output:
+        write_jsonl(output, rows)
+    console.print(comparison_table(results, f"{task}, {Path(settings.model).name}"))
+    reached = accuracy(results[(["base"] + names)[-1]])
+    if reached < min_accuracy:
+        errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
+        raise typer.Exit(1)
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter names."""
+    try:
+        return json.loads(read_text(folder / "adapter_config.json"))["base_model_name_or_path"]
+    except (UserError, ValueError, KeyError):
+        raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
+
+
+def unique_names(folders: list[Path]) -> list[str]:
+    names = [folder.name.replace(".", "_") or "adapter" for folder in folders]
+    return [name if names.count(name) == 1 and name != "base" else f"{name}-{i + 1}" for i, name in enumerate(names)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        app(arguments)
+    except UserError as error:
+        errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+            raise
+        errors.print("[bold red]Error:[/] Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
+                     "--max-new-tokens, a lower --group-size. Check with --dry-run.", soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
