@@ -33,9 +33,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import os
@@ -43,7 +43,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 import urllib.request
 from collections import Counter, defaultdict
@@ -56,7 +55,8 @@ from types import SimpleNamespace
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console, Group as Stack
+from rich.console import Console
+from rich.console import Group as Stack
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -78,6 +78,10 @@ console, errors = Console(), Console(stderr=True)
 
 class UserError(Exception):
     """Something the user can put right: shown as one sentence, never as a traceback."""
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -188,18 +192,24 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
+def to_problem(row: dict, question: str = "question", answer: str = "answer") -> Problem | str:
+    """The problem in a row, or the reason why there is none."""
+    asked, wanted = (str(row.get(key) if row.get(key) is not None else "").strip() for key in (question, answer))
+    if not asked or not wanted:
+        return "no question" if not asked else "no answer"
+    return Problem(asked, wanted, str(row.get("type") or "")) if is_number(wanted) else "the answer is not a number"
+
+
 def read_problems(path: Path) -> list[Problem]:
     """The problems of a file that `prep` wrote. Errors name the line."""
     problems = []
-    if not read_text(path).strip():
-        raise UserError(f"{path} is empty.")
     for number, row in read_rows(path):
-        problem = Problem(*(str(row.get(key, "")) for key in ("question", "answer", "type")))
-        if not problem.question or not problem.answer:
-            raise UserError(f'{path} line {number} lacks a "question" or an "answer".')
-        if not is_number(problem.answer):
-            raise UserError(f"{path} line {number}: the answer {problem.answer!r} is not a number.")
+        problem = to_problem(row)
+        if isinstance(problem, str):
+            raise UserError(f"{path} line {number}: {problem}.")
         problems.append(problem)
+    if not problems:
+        raise UserError(f"{path} is empty.")
     return problems
 
 
@@ -272,16 +282,14 @@ def file_problems(path: Path, question: str, answer: str) -> tuple[list[Problem]
             raise UserError(f"{path} has no column {name!r} (it has: {', '.join(sorted(columns)) or 'none'}); "
                             f"name yours with {option}.")
     problems, rejected = {}, Counter()
-    for number, row in rows:
-        asked, wanted = (str(row.get(key) if row.get(key) is not None else "").strip() for key in (question, answer))
-        if not asked or not wanted:
-            rejected["no question" if not asked else "no answer"] += 1
-        elif not is_number(wanted):
-            rejected["the answer is not a number"] += 1
-        elif asked in problems:
+    for _, row in rows:
+        problem = to_problem(row, question, answer)
+        if isinstance(problem, str):
+            rejected[problem] += 1
+        elif problem.question in problems:
             rejected["the question came before"] += 1
         else:
-            problems[asked] = Problem(asked, wanted, str(row.get("type") or ""))
+            problems[problem.question] = problem
     return list(problems.values()), rejected
 
 
@@ -339,6 +347,10 @@ class Policy:
 
 def pick_device(device: str) -> str:
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            raise UserError(f"--device {device!r} is not there; use auto, cpu, cuda or mps.") from None
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -346,6 +358,8 @@ def pick_device(device: str) -> str:
 def pick_dtype(dtype: str, device: str, stored) -> object:
     """The dtype to compute in; `stored` is the checkpoint's own. Auto: bfloat16 where the hardware multiplies it."""
     if dtype != "auto":
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16.")
         return getattr(torch, dtype)
     if stored == torch.float32:
         return torch.float32
@@ -380,7 +394,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         if not path.exists() and not Path(name).exists():
             raise UserError(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
                             "the spelling and the network, or give the path of a downloaded folder.") from None
-        raise UserError(f"{path} does not hold a model that can be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} does not hold a model that can be loaded: {first_line(error)}") from None
     model.eval()  # no dropout: the log-probs that are trained must be those that were sampled from
     return model, tokenizer
 
@@ -391,7 +405,7 @@ def base_of(model):
 
 
 def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
-    """Wrap the model: LoRA on `targets` of the last `layer_share` of the layers; nothing below them stores activations."""
+    """LoRA on `targets` of the last `layer_share` of the layers; the layers below store no activations."""
     layers = base_of(model).config.get_text_config().num_hidden_layers
     first = layers - max(1, round(layers * layer_share))
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM",
@@ -399,16 +413,20 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"LoRA does not fit this model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter was made for."""
+    try:
+        return json.loads(read_text(folder / "adapter_config.json"))["base_model_name_or_path"]
+    except (UserError, ValueError, KeyError):
+        raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
 
 
 def load_adapter(model, folder: Path, name: str):
     """The model with one more adapter, read from a run's folder. Errors if it was made for another base model."""
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
-    made_for, given = config.base_model_name_or_path or "", base_of(model).name_or_path
+    made_for, given = adapter_base(folder), base_of(model).name_or_path
     if Path(made_for).name != Path(given).name:
         raise UserError(f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model.")
     try:
@@ -417,11 +435,11 @@ def load_adapter(model, folder: Path, name: str):
             return model
         return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"The adapter in {folder} does not fit {given}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"The adapter in {folder} does not fit {given}: {first_line(error)}") from None
 
 
 def end_tokens(model, tokenizer) -> set[int]:
-    """Every end-of-text token that the generation config, the config or the tokenizer knows; they do not always agree."""
+    """Every end token that the generation config, the config or the tokenizer knows: they do not always agree."""
     base, found = base_of(model), set()
     for value in (getattr(base, "generation_config", None) and base.generation_config.eos_token_id,
                   base.config.eos_token_id, tokenizer.eos_token_id):
@@ -569,8 +587,6 @@ class Rollout:
     prompt: list[int]
     completions: list[list[int]]
     rewards: list[float]
-    texts: list[str]
-    prefix: list[int] = field(default_factory=list)
 
     @property
     def has_signal(self) -> bool:
@@ -585,9 +601,8 @@ def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]],
                     rows=settings.batch_rows)
     rollouts = []
     for problem, prefix, prompt, completions in zip(problems, prefixes, prompts, groups):
-        texts = [policy.text(prefix + completion) for completion in completions]
-        rewards = [number_reward(text, problem.answer) for text in texts]
-        rollouts.append(Rollout(problem, prompt, completions, rewards, texts, prefix))
+        rewards = [number_reward(policy.text(prefix + completion), problem.answer) for completion in completions]
+        rollouts.append(Rollout(problem, prompt, completions, rewards))
     return rollouts
 
 
@@ -722,8 +737,8 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
     check_window(base.config, int(positions.max()) + 2)
     dtype, device = base.get_input_embeddings().weight.dtype, base.device
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
-    hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False,
-                                attention_mask=mask[None, None].to(device)).last_hidden_state[0]  # [L, width]
+    hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device),
+                                attention_mask=mask[None, None].to(device), use_cache=False).last_hidden_state[0]
     children: dict[int, list[int]] = defaultdict(list)  # slot of the parent -> places in `nodes`
     for place, node in enumerate(nodes):
         children[slot[trie.parents[node]]].append(place)
@@ -731,7 +746,7 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
     for start in range(0, len(slots), LOGIT_ROWS):
         rows = slots[start:start + LOGIT_ROWS]
         picked = [(i, place) for i, row in enumerate(rows) for place in children[row]]
-        index = torch.tensor([[i for i, _ in picked], [trie.tokens[nodes[place]] for _, place in picked]], device=device)
+        index = torch.tensor([(i, trie.tokens[nodes[place]]) for i, place in picked], device=device).T
         args = (model, hidden[torch.tensor(rows, device=device)], index, temperature)
         few = len(slots) <= LOGIT_ROWS or not hidden.requires_grad
         parts.append(_node_logprobs(*args) if few else
@@ -741,7 +756,7 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
 
 
 def _node_logprobs(model, hidden, index, temperature):
-    """hidden [r, width], index [2, k] of (row, token) -> log-probs [k]."""
+    """hidden [r, width], index [2, k] of rows and tokens -> log-probs [k]."""
     logits = logits_of(model, hidden) / temperature
     return logits[index[0], index[1]] - logits.logsumexp(-1)[index[0]]
 
@@ -768,8 +783,8 @@ def check_packing(model, tokenizer) -> None:
         packed = packed_logprobs(model, prompt, trie, list(range(len(trie.tokens))))
         for path, completion in zip(trie.paths, completions):
             logits = base(input_ids=torch.tensor([prompt + completion], device=device)).logits[0].float()
-            plain = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(completion, device=device)[:, None])
-            gap = (packed[path] - plain[:, 0]).abs().max().item()
+            plain = logits[len(prompt) - 1:-1].log_softmax(-1)[range(len(completion)), completion]
+            gap = (packed[path] - plain).abs().max().item()
             if not gap < (1e-3 if base.dtype == torch.float32 else 0.5):
                 raise UserError(f"This model's architecture ({base.config.model_type}) does not fit the packed update "
                                 f"(log-probs differ by {gap:.3g}); use a plain decoder such as Qwen2, Llama or Gemma.")
@@ -932,12 +947,12 @@ def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0
     for start in range(0, len(order), width):
         chunk = [problems[i] for i in order[start:start + width]]
         prompts = [policy.prompt_ids(problem.question) for problem in chunk]
-        draw = lambda count, temperature: sample(  # noqa: E731
-            policy.model, policy.tokenizer, prompts, count, temperature=temperature, stop=policy.stop,
-            max_new_tokens=settings.max_new_tokens, rows=settings.batch_rows, seed=settings.seed + start)
-        greedy = [group[0] for group in draw(1, 0.0)]
-        sampled = draw(samples, settings.temperature) if samples else [[] for _ in chunk]
-        for i, problem, completion, group in zip(order[start:], chunk, greedy, sampled):
+        common = dict(stop=policy.stop, max_new_tokens=settings.max_new_tokens, rows=settings.batch_rows,
+                      seed=settings.seed + start)
+        greedy = sample(policy.model, policy.tokenizer, prompts, 1, temperature=0, **common)
+        sampled = [[]] * len(chunk) if not samples else sample(
+            policy.model, policy.tokenizer, prompts, samples, temperature=settings.temperature, **common)
+        for i, problem, [completion], group in zip(order[start:], chunk, greedy, sampled):
             text = policy.text(completion)
             records.append({
                 "index": i, **asdict(problem), "completion": text, "correct": number_reward(text, problem.answer) == 1,
@@ -988,7 +1003,7 @@ class Method(str, Enum):
 
 
 def option(help: str, *names: str, panel: str, **limits):
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=limits.pop("show_default", True), **limits)
+    return typer.Option(*names, help=help, rich_help_panel=panel, **{"show_default": True} | limits)
 
 
 DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
@@ -1007,35 +1022,29 @@ Seed = Annotated[int, option("Fixes the order of problems, the samples and the a
 
 def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
-    name, bundled = settings.model, DATA / "demo"
-    if name == "auto":
-        if settings.task == "svamp" and not pick_device(settings.device).startswith("cuda"):
-            reason, name = "There is no CUDA GPU", str(bundled)
-        else:
-            name = DEFAULT_MODEL
-            try:
-                return policy_of(name, settings)
-            except UserError as error:
-                if settings.task != "svamp" or "hub" not in str(error):
-                    raise
-                reason, name = f"{DEFAULT_MODEL} could not be loaded", str(bundled)
-        console.print(f"{reason}, so this is the bundled demo: a 1.3 M-parameter model and 1,000 SVAMP-style problems.\n"
-                      "For the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a folder.", style="yellow")
-    return policy_of(name, settings)
-
-
-def policy_of(name: str, settings) -> tuple[Policy, list[Problem], list[Problem]]:
-    demo = Path(name).resolve() == DATA / "demo"
-    task, data_dir = ("demo", DATA) if demo else (settings.task, settings.data_dir)
-    if task == "svamp" and not (data_dir / task / "train.jsonl").exists():
-        console.print("Preparing SVAMP first (python tokenrl.py prep svamp) ...")
-        write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, data_dir)
-    train_set, test_set, examples = load_task(task, data_dir)
-    if not demo and not Path(name).exists():
-        console.print(f"Loading {name} ...")
-    model, tokenizer = load_model(name, settings.device, settings.dtype)
-    settings.model = name
-    return Policy(model, tokenizer, choose_prompt(settings.prompt, model, tokenizer), examples), train_set, test_set
+    bundled, task, names = str(DATA / "demo"), settings.task, [settings.model]
+    if settings.model == "auto":
+        real = task != "svamp" or pick_device(settings.device).startswith("cuda")
+        names = [DEFAULT_MODEL] * real + [bundled] * (task == "svamp")
+    for name in names:
+        data_dir = DATA if name == bundled else settings.data_dir
+        if name == bundled and settings.model == "auto":
+            why = f"{DEFAULT_MODEL} cannot be loaded" if real else "No CUDA GPU here"
+            console.print(f"{why}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
+                          "problems.\nFor the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.",
+                          style="yellow", highlight=False)
+        elif task == "svamp" and not (data_dir / task / "train.jsonl").exists():
+            console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
+            write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, data_dir)
+        train_set, test_set, examples = load_task("demo" if name == bundled else task, data_dir)
+        try:
+            model, tokenizer = load_model(name, settings.device, settings.dtype)
+        except UserError:
+            if name == names[-1]:
+                raise
+            continue
+        settings.model = name
+        return Policy(model, tokenizer, choose_prompt(settings.prompt, model, tokenizer), examples), train_set, test_set
 
 
 @app.command()
@@ -1063,12 +1072,10 @@ def prep(
         raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
     examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
     train_size, test_size = write_task(name, problems, examples, test_share, seed, data_dir)
-    table = Table("", "problems", title=f"{name}: {data_dir / name}", title_justify="left")
-    table.columns[1].justify = "right"
-    for label, value in [("read", len(problems) + sum(rejected.values())), ("train", train_size), ("test", test_size),
-                         *((f"rejected: {reason}", number) for reason, number in rejected.items())]:
-        table.add_row(label, f"{value:,}")
-    console.print(table)
+    console.print(pairs_table(name, [
+        ("read", f"{len(problems) + sum(rejected.values()):,}"),
+        ("train", f"{train_size:,}"), ("test", f"{test_size:,}"),
+        *((f"rejected: {reason}", f"{number:,}") for reason, number in rejected.items())]))
     console.print(f"Next: python tokenrl.py train {name}", highlight=False)
 
 
@@ -1076,9 +1083,9 @@ def prep(
 def train_command(
     context: typer.Context,
     task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
-    method: Annotated[Method, option("Which tokens are trained, and with what credit.", panel="Credit")] = Method.s_grpo,
-    alpha: Annotated[int, option("s-grpo: the first ALPHA positions are always trained ...", panel="Credit", min=0)] = 4,
-    p: Annotated[float, option("... and each later one with this probability.", "--p", panel="Credit", min=0, max=1)] = 0.3,
+    method: Annotated[Method, option("Which tokens are trained, with what credit.", panel="Credit")] = Method.s_grpo,
+    alpha: Annotated[int, option("s-grpo: the first ALPHA tokens are always trained ...", panel="Credit", min=0)] = 4,
+    p: Annotated[float, option("... and each later one with this probability.", panel="Credit", min=0, max=1)] = 0.3,
     on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
                                     panel="Credit")] = True,
     replay: Annotated[int, option("Extra groups a step, sampled from inside completions.", panel="Credit", min=0)] = 0,
@@ -1093,13 +1100,14 @@ def train_command(
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
     lr: Annotated[float, option("Peak learning rate; warms up, then decays.", panel="Update", min=0)] = 1e-3,
-    beta: Annotated[float, option("Weight of the KL term to the model without its adapter.", panel="Update", min=0)] = 0.0,
+    beta: Annotated[float, option("Weight of the KL to the model without adapter.", panel="Update", min=0)] = 0.0,
     l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", panel="Update", min=0)] = 1.0,
     name: Annotated[str, option("The run's folder in runs/.", panel="Run", show_default="TASK-METHOD")] = "",
     resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
     save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
-    eval_problems: Annotated[int, option("Test problems before and after training; 0 for all.", panel="Run", min=0)] = 0,
+    eval_problems: Annotated[int, option("Test problems asked before and after; 0 for all.", panel="Run", min=0)] = 0,
+    eval_samples: Annotated[int, option("Also draw this many samples of each, for pass@k.", panel="Run", min=0)] = 0,
     dry_run: Annotated[bool, option("Only take one worst-case step and say what memory it took.", panel="Run")] = False,
     seed: Seed = 0, data_dir: DataDir = DATA,
 ):
@@ -1205,7 +1213,7 @@ def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, 
         return done
     with bar(len(problems), "evaluating") as progress:
         task = progress.add_task("", total=len(problems))
-        records = evaluate(policy, problems, settings, 0, lambda n: progress.advance(task, n), stop)
+        records = evaluate(policy, problems, settings, settings.eval_samples, lambda n: progress.advance(task, n), stop)
     records = [{"phase": phase, **record} for record in records]
     write_jsonl(path, old + records)
     return records
@@ -1267,10 +1275,10 @@ def show_start(policy: Policy, settings, run: Path, train_set, test_set) -> None
     trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in policy.model.parameters())
     kind = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-    console.print(f"[bold]{settings.method}[/] on {settings.task}: {len(train_set)} train, {len(test_set)} test problems; "
-                  f"{settings.prompts_per_step} prompts x {settings.group_size} completions a step\n"
-                  f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M trained by LoRA, "
-                  f"{str(base.dtype).split('.')[1]} on {base.device}, {kind} prompt; run {run}", highlight=False)
+    console.print(f"[bold]{settings.method}[/] on {settings.task}: {len(train_set)} train and {len(test_set)} test "
+                  f"problems, {settings.prompts_per_step} x {settings.group_size} completions a step\n"
+                  f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in LoRA, "
+                  f"{str(base.dtype).split('.')[1]} on {base.device}, {kind} prompt\nrun {run}", highlight=False)
 
 
 def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
@@ -1300,52 +1308,52 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
     return table
 
 
-def training_summary(rows: list[dict], device: str) -> Table:
-    total = lambda key: sum(row[key] for row in rows)  # noqa: E731
-    table = Table("training", "", title_justify="left")
+def pairs_table(title: str, pairs: list[tuple[str, str]]) -> Table:
+    table = Table(title, "", title_justify="left")
     table.columns[1].justify = "right"
-    share = total("tokens_trained") / max(1, total("tokens_generated"))
-    for label, value in [
-            ("steps", str(len(rows))), ("tokens generated", f"{total('tokens_generated'):,}"),
-            ("tokens trained", f"{total('tokens_trained'):,}  ({share:.1%})"),
-            ("groups with signal", f"{total('signal') / len(rows):.0%}"),
-            ("rollout / update, s a step", f"{total('rollout_s') / len(rows):.2f} / {total('update_s') / len(rows):.2f}"),
-            ("training time", f"{(total('rollout_s') + total('update_s')) / 60:.1f} min"),
-            (f"peak {memory_name(device)}", gigabytes(max(row["peak_memory"] for row in rows)))]:
+    for label, value in pairs:
         table.add_row(label, value)
     return table
 
 
+def training_summary(rows: list[dict], device: str) -> Table:
+    total = lambda key: sum(row[key] for row in rows)  # noqa: E731
+    seconds, share = total("rollout_s") + total("update_s"), total("tokens_trained") / total("tokens_generated")
+    return pairs_table("training", [
+        ("steps", str(len(rows))), ("tokens generated", f"{total('tokens_generated'):,}"),
+        ("tokens trained", f"{total('tokens_trained'):,}  ({share:.1%})"),
+        ("groups with signal", f"{total('signal') / len(rows):.0%}"),
+        ("rollout / update, s a step", f"{total('rollout_s') / len(rows):.2f} / {total('update_s') / len(rows):.2f}"),
+        ("training time", f"{seconds / 60:.1f} min"),
+        (f"peak {memory_name(device)}", gigabytes(max(row["peak_memory"] for row in rows)))])
+
+
 def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
     """One step at its worst: the longest prompts, completions that never end, and signal in every group."""
-    device = str(base_of(policy.model).device)
-    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    longest = sorted(problems, key=lambda problem: -len(policy.prompt_ids(problem.question)))[:settings.prompts_per_step]
-    prompts = [policy.prompt_ids(problem.question) for problem in longest]
+    device, start = str(base_of(policy.model).device), time.perf_counter()
+    prompts = sorted((policy.prompt_ids(p.question) for p in problems), key=len)[-settings.prompts_per_step:]
     peak_memory(device, reset=True)
-    start = time.perf_counter()
     groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, rows=settings.batch_rows, ends=set(),
                     max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
     rollout_s, rollout_peak = time.perf_counter() - start, peak_memory(device)
     rewards = [float(i % 2) for i in range(settings.group_size)]
-    rollouts = [Rollout(q, prompt, group, rewards, []) for q, prompt, group in zip(longest, prompts, groups)]
+    rollouts = [Rollout(problems[0], prompt, group, rewards) for prompt, group in zip(prompts, groups)]
     peak_memory(device, reset=True)
     updated = update(policy, rollouts, new_optimizer(policy.model), 0.0, settings, random.Random(0))
-    update_s = time.perf_counter() - start - rollout_s
-    table = Table("worst-case step", "", title=f"dry run, {settings.method}", title_justify="left")
-    for label, value in [("weights", gigabytes(weights)), (f"peak {memory_name(device)}, rollout", gigabytes(rollout_peak)),
-                         (f"peak {memory_name(device)}, update", gigabytes(peak_memory(device))),
-                         ("tokens generated", f"{sum(len(c) for g in groups for c in g):,}"),
-                         ("tokens trained", f"{updated['tokens_trained']:,}"),
-                         ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}")]:
-        table.add_row(label, value)
-    console.print(table)
+    update_s, memory = time.perf_counter() - start - rollout_s, memory_name(device)
+    console.print(pairs_table(f"worst-case step, {settings.method}", [
+        ("weights", gigabytes(sum(p.numel() * p.element_size() for p in policy.model.parameters()))),
+        (f"peak {memory}, rollout", gigabytes(rollout_peak)),
+        (f"peak {memory}, update", gigabytes(peak_memory(device))),
+        ("tokens generated", f"{sum(len(c) for group in groups for c in group):,}"),
+        ("tokens trained", f"{updated['tokens_trained']:,}"),
+        ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}")]))
 
 
 @app.command(name="eval")
 def eval_command(
     task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
-    adapter: Annotated[Optional[list[Path]], option("A run's folder; may be given several times.", panel="Model")] = None,
+    adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     samples: Annotated[int, option("Also draw this many samples a problem, for pass@k.", panel="Rollout", min=0)] = 0,
@@ -1386,14 +1394,6 @@ def eval_command(
         raise typer.Exit(1)
 
 
-def adapter_base(folder: Path) -> str:
-    """The base model that an adapter names."""
-    try:
-        return json.loads(read_text(folder / "adapter_config.json"))["base_model_name_or_path"]
-    except (UserError, ValueError, KeyError):
-        raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
-
-
 def unique_names(folders: list[Path]) -> list[str]:
     names = [folder.name.replace(".", "_") or "adapter" for folder in folders]
     return [name if names.count(name) == 1 and name != "base" else f"{name}-{i + 1}" for i, name in enumerate(names)]
@@ -1405,8 +1405,11 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
-    except (MemoryError, RuntimeError) as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            errors.print("[bold red]Error:[/] The disk is full; what was saved before is intact. Make room, --resume.")
+            raise SystemExit(1) from None
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         errors.print("[bold red]Error:[/] Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
                      "--max-new-tokens, a lower --group-size. Check with --dry-run.", soft_wrap=True)

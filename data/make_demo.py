@@ -5,12 +5,14 @@
 The problems are SVAMP-style: one operation, short stories, numbers that do not matter, and wordings whose
 keywords mislead ("more" in a subtraction, "left" in an addition). A template is one story pattern together with one
 question pattern, and three disjoint sets of templates and of number pairs go to pretraining, to RL training and to
-the held-out test: a test problem shares neither its template nor its numbers with anything seen before.
+the held-out test: no problem of the test shares its template or its deciding numbers with a problem seen before. One
+pretraining example in five is a bare sum such as "What is 7 * 8?", rightly answered, over all numbers.
 
-The model learns from a made-up class of pupils, as a language model learns from the web. 45 % of the written answers
-come from pupils who go by keywords and take the first two numbers, 35 % from pupils who read the question, 15 % from
-pupils who guess, and 5 % are slips of the pen. So its most likely answer is often the keyword answer, while right
-answers come by sampling: a policy that reinforcement learning can improve. Only right or wrong is told during RL.
+The model learns from a made-up class of pupils, as a language model learns from the web. 50 % of the written answers
+come from pupils who go by keywords, take the first two numbers and compute at once; 30 % from pupils who read the
+question, write down a thought ("Mila has fewer.") and then compute; 15 % from pupils who guess; and 5 % are readers
+with a slip of the pen. So the model's most likely answer is often the hasty one, while the thoughtful one comes by
+sampling: a policy that reinforcement learning can improve. During RL it is told only right or wrong.
 """
 import argparse
 import json
@@ -26,10 +28,10 @@ OBJECTS = ("apples balls beads books buttons cards coins cookies cups dolls eggs
 BOXES = [("bag", "bags"), ("basket", "baskets"), ("box", "boxes"), ("jar", "jars"), ("shelf", "shelves"),
          ("tray", "trays"), ("table", "tables"), ("drawer", "drawers")]
 
-# kind, type, answer, stories, questions. {a} {b} decide; {d} is a number that does not matter; {N} {M} people;
-# {o} {p} things; {c} one container, {cs} several.
+# kind, how often, type, operation, a reader's thought, stories, questions. {a} {b} decide; {d} is a number that does
+# not matter; {N} {M} people; {o} {p} things; {c} one container, {cs} several.
 SCHEMAS = [
-    ("gain", "Addition", "+", [
+    ("gain", 3, "Addition", "+", "It is more now.", [
         "{N} had {a} {o}. Then {N} found {b} more {o}.",
         "{N} had {a} {o}. A friend gave {N} {b} {o}.",
         "There were {a} {o} on the table. {N} put {b} {o} beside them.",
@@ -40,7 +42,7 @@ SCHEMAS = [
         "How many {o} is that altogether?",
         "What is the number of {o} in the end?",
         "How many {o} is that in total?"]),
-    ("lose", "Subtraction", "-", [
+    ("lose", 3, "Subtraction", "-", "Some are gone.", [
         "{N} had {a} {o}. {N} gave {b} {o} to {M}.",
         "{N} had {a} {o}. Then {N} lost {b} {o}.",
         "There were {a} {o} in the {c}. {N} took {b} {o} out.",
@@ -51,7 +53,7 @@ SCHEMAS = [
         "How many {o} remain?",
         "What is the number of {o} in the end?",
         "How many {o} are there now?"]),
-    ("compare", "Subtraction", "-", [
+    ("compare", 1, "Subtraction", "-", "How far apart?", [
         "{N} has {a} {o}. {M} has {b} {o}.",
         "{N} found {a} {o} and {M} found {b} {o}.",
         "There are {a} {o} at home and {b} {o} at school.",
@@ -62,7 +64,7 @@ SCHEMAS = [
         "How many {o} more is the first than the second?",
         "By how many {o} is the first more than the second?",
         "How many more {o} are in the first group?"]),
-    ("inverse", "Subtraction", "-", [
+    ("inverse", 1, "Subtraction", "-", "{M} has fewer.", [
         "{N} has {a} {o}. That is {b} more than {M} has.",
         "{N} found {a} {o}, {b} more than {M} found.",
         "With {a} {o}, {N} has {b} {o} more than {M}.",
@@ -73,7 +75,18 @@ SCHEMAS = [
         "What is the number of {o} for {M}?",
         "How many {o} does that make for {M}?",
         "How many {o} come from {M}?"]),
-    ("start", "Addition", "+", [
+    ("fewer", 1, "Addition", "+", "{M} has more.", [
+        "{N} has {a} {o}. That is {b} fewer than {M} has.",
+        "{N} found {a} {o}, {b} fewer than {M} found.",
+        "With {a} {o}, {N} has {b} {o} fewer than {M}.",
+        "{N} made {a} {o}. This was {b} fewer than {M} made.",
+        "{N} sold {a} {o}, which is {b} fewer than {M} sold.",
+        "{N} carries {a} {o}. {N} carries {b} fewer than {M}."], [
+        "How many {o} belong to {M}?",
+        "What is the number of {o} for {M}?",
+        "How many {o} does that make for {M}?",
+        "How many {o} come from {M}?"]),
+    ("start", 1, "Addition", "+", "Before, it was more.", [
         "{N} gave {b} {o} to {M} and has {a} {o} left.",
         "After {N} lost {b} {o} there were {a} {o} left.",
         "{N} sold {b} {o}. Now {a} {o} are left.",
@@ -84,7 +97,7 @@ SCHEMAS = [
         "How many {o} did {N} have in the beginning?",
         "What was the number of {o} before that?",
         "With how many {o} did {N} start?"]),
-    ("distract", "Subtraction", "-", [
+    ("distract", 1, "Subtraction", "-", "Only the {o} count.", [
         "{N} had {a} {o} and {d} {p}. {N} gave {b} {o} away.",
         "There were {d} {p} and {a} {o} in the {c}. {N} ate {b} {o}.",
         "{N} bought {a} {o} and {d} {p}. Then {M} took {b} {o}.",
@@ -95,7 +108,7 @@ SCHEMAS = [
         "How many {o} remain?",
         "What is the number of {o} in the end?",
         "How many {o} are there now?"]),
-    ("groups", "Multiplication", "*", [
+    ("groups", 3, "Multiplication", "*", "Equal groups.", [
         "{N} has {s} {cs} with {t} {o} in each {c}.",
         "There are {s} {cs}. In each {c} there are {t} {o}.",
         "{N} fills {s} {cs} and puts {t} {o} into each {c}.",
@@ -106,7 +119,7 @@ SCHEMAS = [
         "How many {o} is that in total?",
         "How many {o} are there?",
         "What is the number of all {o}?"]),
-    ("share", "Division", "/", [
+    ("share", 2, "Division", "/", "Equal parts.", [
         "{N} puts {n} {o} into {s} {cs} with the same number in each {c}.",
         "There are {n} {o} in {s} {cs}, and all {cs} are the same.",
         "{N} has {n} {o} and {s} {cs} to fill equally.",
@@ -119,6 +132,7 @@ SCHEMAS = [
         "How many {o} does each {c} hold?"]),
 ]
 SPLITS = ("test", "rl", "pretrain", "pretrain")  # by template; number pairs are divided in the same shares
+PUPILS = (50, 30, 15, 5)  # keyword, reader, guesser, slip; in percent
 WORDS = {"+": "Add.", "-": "Subtract.", "*": "Multiply.", "/": "Divide."}
 
 
@@ -134,9 +148,17 @@ def compute(x: int, op: str, y: int) -> int | None:
     return result if 0 <= result < 1000 else None
 
 
+def make_drill(rng: random.Random) -> tuple[str, str]:
+    op = rng.choice("+-**//")
+    s, t = rng.randint(2, 9), rng.randint(2, 12)
+    b = rng.randint(2, 40)
+    x, y = {"*": (s, t), "/": (s * t, s)}.get(op, (b + rng.randint(1, 50), b))
+    return f"What is {x} {op} {y}?", in_writing("", x, op, y, compute(x, op, y))
+
+
 def make_problem(rng: random.Random, split: str) -> dict:
     while True:
-        kind, type_, op, stories, questions = rng.choice(SCHEMAS)
+        kind, _, type_, op, thought, stories, questions = rng.choices(SCHEMAS, [schema[1] for schema in SCHEMAS])[0]
         i, j = rng.randrange(len(stories)), rng.randrange(len(questions))
         if SPLITS[(i + j) % 4] != split:
             continue
@@ -149,35 +171,38 @@ def make_problem(rng: random.Random, split: str) -> dict:
         if split_of(op, x, y) != split:
             continue
         (n1, n2), (o, p), (c, cs) = rng.sample(NAMES, 2), rng.sample(OBJECTS, 2), rng.choice(BOXES)
-        text = f"{stories[i]} {questions[j]}".format(
-            a=a, b=b, d=rng.randint(2, 60), s=s, t=t, n=s * t, N=n1, M=n2, o=o, p=p, c=c, cs=cs)
-        return {"question": text, "answer": str(compute(x, op, y)), "type": type_, "x": x, "op": op, "y": y}
+        names = dict(a=a, b=b, d=rng.randint(2, 60), s=s, t=t, n=s * t, N=n1, M=n2, o=o, p=p, c=c, cs=cs)
+        return {"question": f"{stories[i]} {questions[j]}".format(**names), "answer": str(compute(x, op, y)),
+                "type": type_, "thought": thought.format(**names), "x": x, "op": op, "y": y}
 
 
 def keyword_pupil(text: str) -> tuple[int, str, int]:
     """The operation that the keywords suggest, on the first two numbers."""
     x, y = [int(n) for n in re.findall(r"\d+", text)][:2]
-    for op, words in (("-", "left remain"), ("+", "more altogether total"), ("/", "equally share"), ("*", "each")):
-        if any(re.search(rf"\b{w}", text) for w in words.split()):
-            break
-    else:
-        op = "+"
+    keywords = {"-": "left remain fewer lost sold took", "+": "more altogether total",
+                "/": "equally share", "*": "each"}
+    op = next((op for op, words in keywords.items() if re.search(rf"\b({words.replace(' ', '|')})", text)), "+")
     if op in "-/" and x < y:
         x, y = y, x
     return (x, op, y) if compute(x, op, y) is not None else (x, "+", y)
 
 
 def written_answer(rng: random.Random, problem: dict) -> str:
-    pupil = rng.choices(["keyword", "reader", "guesser", "slip"], [45, 35, 15, 5])[0]
-    numbers = [int(n) for n in re.findall(r"\d+", problem["question"])]
-    x, op, y = keyword_pupil(problem["question"]) if pupil == "keyword" else (problem["x"], problem["op"], problem["y"])
-    if pupil == "guesser":
+    pupil = rng.choices(["keyword", "reader", "guesser", "slip"], PUPILS)[0]
+    x, op, y = (problem[key] for key in ("x", "op", "y"))
+    if pupil in ("reader", "slip"):
+        slip = rng.choice([-10, -1, 1, 10]) if pupil == "slip" else 0
+        return in_writing(problem["thought"] + " ", x, op, y, max(0, compute(x, op, y) + slip))
+    if pupil == "keyword":
+        x, op, y = keyword_pupil(problem["question"])
+    else:
+        numbers = [int(n) for n in re.findall(r"\d+", problem["question"])]
         x, y = sorted(rng.sample(numbers, 2), reverse=True)
         op = rng.choice([o for o in "+-*/" if compute(x, o, y) is not None])
-    result = compute(x, op, y)
-    if pupil == "slip":
-        result = max(0, result + rng.choice([-10, -1, 1, 10]))
-    opening = rng.choice([WORDS[op] + " ", ""])
+    return in_writing(WORDS[op] + " " if rng.random() < 0.3 else "", x, op, y, compute(x, op, y))
+
+
+def in_writing(opening: str, x: int, op: str, y: int, result: int) -> str:
     return f"{opening}{x} {op} {y} = {result}\n#### {result}"
 
 
@@ -199,8 +224,11 @@ def batch(rng, tokenizer, prompt, size, torch):
     rows, labels = [], []
     for _ in range(size):
         problem = make_problem(rng, "pretrain")
-        question = tokenizer.encode(prompt.format(question=problem["question"]))
-        answer = tokenizer.encode(" " + written_answer(rng, problem)) + [tokenizer.eos_token_id]
+        asked, written = problem["question"], written_answer(rng, problem)
+        if rng.random() < 0.2:
+            asked, written = make_drill(rng)
+        question = tokenizer.encode(prompt.format(question=asked))
+        answer = tokenizer.encode(" " + written) + [tokenizer.eos_token_id]
         rows.append(torch.tensor(question + answer))
         labels.append(torch.tensor([-100] * len(question) + answer))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -212,7 +240,7 @@ def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10000.0,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = Qwen2ForCausalLM(config)
@@ -234,7 +262,7 @@ def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
 
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=3000, help="pretraining steps")
+    options.add_argument("--steps", type=int, default=2500, help="pretraining steps")
     options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")

@@ -199,8 +199,8 @@ def test_update_is_the_policy_gradient(method):
     model, (completions, rewards) = lora(random_model("qwen2")), random_group(3)
     policy = tokenrl.Policy(model, None, "plain")
     problem = tokenrl.Problem("q", "1")
-    rollouts = [tokenrl.Rollout(problem, [4, 5, 6], completions, rewards, []),
-                tokenrl.Rollout(problem, [4, 5], completions, [1.0] * len(rewards), [])]  # no signal
+    rollouts = [tokenrl.Rollout(problem, [4, 5, 6], completions, rewards),
+                tokenrl.Rollout(problem, [4, 5], completions, [1.0] * len(rewards))]  # no signal
     seen = []
     optimizer = tokenrl.new_optimizer(model)
     optimizer.register_step_pre_hook(lambda *_: seen.append(
@@ -227,7 +227,7 @@ def test_t_spmo_on_probability_scales_by_pi():
     from types import SimpleNamespace
     settings = SimpleNamespace(method="t-spmo", temperature=1.0, beta=0.0, on_prob=True)
     model = lora(random_model("qwen2"))
-    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7], [8]], [1.0, 0.0], [])
+    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7], [8]], [1.0, 0.0])
     trie = tokenrl.Trie(rollout.completions)
     weights = tokenrl.t_spmo_weights(trie, rollout.rewards)
     assert weights == {0: 0.25, 1: -0.25}
@@ -239,7 +239,7 @@ def test_t_spmo_on_probability_scales_by_pi():
 def test_kl_is_zero_at_the_base_and_pulls_back_to_it():
     from types import SimpleNamespace
     settings = SimpleNamespace(method="grpo", temperature=1.0, beta=1.0, on_prob=False)
-    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0], [])
+    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0])
     trie = tokenrl.Trie(rollout.completions)
     policy = tokenrl.Policy(tokenrl.add_lora(random_model("qwen2"), 4, 8, "q_proj", 0.5), None, "plain")
     assert tokenrl.group_loss(policy, rollout, trie, {0: 0.0, 1: 0.0, 2: 0.0}, settings).item() == 0.0
@@ -261,7 +261,7 @@ def test_non_finite_gradient_is_skipped_and_leaves_the_adapter_alone(monkeypatch
     model = lora(random_model("qwen2"))
     before = [p.clone() for p in model.parameters()]
     monkeypatch.setattr(tokenrl, "grpo_weights", lambda trie, rewards: {0: math.nan})
-    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0], [])
+    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0])
     result = tokenrl.update(tokenrl.Policy(model, None, "plain"), [rollout], tokenrl.new_optimizer(model), 0.1, settings,
                             random.Random(0))
     assert result["skipped"] and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
@@ -308,7 +308,7 @@ def test_second_token_is_sampled_given_the_first_despite_padding_and_dropped_row
         counts = Counter(c[1] for c in group if c[0] == first)
         found = torch.tensor([counts[i] / number for i in range(97)])
         noise = (2 * wanted * (1 - wanted) / (math.pi * number)).sqrt().sum()  # what chance alone adds up to
-        assert number > 400 and (found - wanted).abs().sum() < 1.5 * noise
+        assert number > 300 and (found - wanted).abs().sum() < 1.5 * noise
 
 
 def test_every_end_token_stops_and_is_kept(words):

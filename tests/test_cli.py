@@ -1,0 +1,398 @@
+"""The command line, through its own commands: what works, and what every bad input says."""
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import random_model
+
+import tokenrl
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "data" / "demo"
+FAST = ["--device", "cpu", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "24", "--eval-problems", "8"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; returns (exit code, everything printed, on one line)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = 0
+        try:
+            tokenrl.main([str(a) for a in arguments])
+        except SystemExit as exit:
+            code = exit.code or 0
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return code, " ".join((printed.out + printed.err).split())
+    return run
+
+
+def script(*arguments, cwd, **options):
+    """The command as a user runs it, in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "tokenrl.py"), *map(str, arguments)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def exact(rows):
+    """Metrics without what a clock or a memory meter gives."""
+    return [{k: v for k, v in row.items() if k not in ("rollout_s", "update_s", "peak_memory")} for row in rows]
+
+
+# ---- prep ----------------------------------------------------------------------------------------------------------
+
+def fake_svamp(tmp_path, monkeypatch):
+    rows = [{"ID": str(i), "Body": f"Box {i} holds {i} pens", "Question": "How many pens is that?", "Equation": "",
+             "Answer": float(i) if i else 22090603.0, "Type": "Common-Divison"} for i in range(10)]
+    path = tmp_path / "SVAMP.json"
+    path.write_text(json.dumps(rows))
+    monkeypatch.setattr(tokenrl, "SVAMP_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_prep_svamp_from_a_file_and_by_download(cli, tmp_path, monkeypatch):
+    path = fake_svamp(tmp_path, monkeypatch)
+    code, text = cli("prep", "svamp", "--source", path, "--data-dir", "d1")
+    assert code == 0 and "│ train │ 7 │ │ test │ 3 │" in text
+    rows = rows_of("d1/svamp/train.jsonl") + rows_of("d1/svamp/test.jsonl")
+    assert sorted(int(row["answer"]) for row in rows) == [*range(1, 10), 22090603]
+    assert {row["type"] for row in rows} == {"Common-Division"}
+    assert "Box 3 holds 3 pens. How many pens is that?" in {row["question"] for row in rows}
+    monkeypatch.setattr(tokenrl, "SVAMP_URL", path.as_uri())
+    assert cli("prep", "svamp", "--data-dir", "d2")[0] == 0
+    assert rows_of("d2/svamp/train.jsonl") == rows_of("d1/svamp/train.jsonl")
+
+
+def test_prep_svamp_refuses_other_files_and_says_what_to_do_offline(cli, tmp_path, monkeypatch):
+    path = fake_svamp(tmp_path, monkeypatch)
+    path.write_text(path.read_text() + " ")
+    assert "sha256 differs" in cli("prep", "svamp", "--source", path)[1]
+    assert "There is no file none.json" in cli("prep", "svamp", "--source", "none.json")[1]
+
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+    monkeypatch.setattr(tokenrl.urllib.request, "urlopen", unreachable)
+    code, text = cli("prep", "svamp", "--data-dir", "d")
+    assert code == 1 and "prep svamp --source SVAMP.json" in text
+    assert "--source SVAMP.json" in cli("train", "svamp", "--model", DEMO.parent, "--data-dir", "d")[1]
+
+
+def test_prep_multiply(cli):
+    assert cli("prep", "multiply", "--digits", "2x1", "--count", "50", "--data-dir", "d")[0] == 0
+    rows = rows_of("d/multiply/train.jsonl")
+    assert len(rows) == 35 and all(re.fullmatch(r"What is \d\d \* \d\?", row["question"]) for row in rows)
+    assert "digits" in rows_of("d/multiply/examples.jsonl")[0]["question"] or rows_of("d/multiply/examples.jsonl")
+
+
+def test_prep_own_csv_and_jsonl(cli, tmp_path):
+    lines = ["frage,antwort,type", '"Two, and two?",4,sum', "Nothing?,,sum", "A word?,many,sum", '"Two, and two?",4,sum']
+    lines += [f"{i} and {i}?,{2 * i}.0,sum" for i in range(8)]
+    Path("own.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    code, text = cli("prep", "own.csv", "--question", "frage", "--answer", "antwort", "--data-dir", "d")
+    assert code == 0
+    for part in ("read │ 12", "rejected: no answer │ 1", "rejected: the answer is not a number │ 1",
+                 "rejected: the question came before │ 1", "train │ 6", "test │ 3"):
+        assert part in text
+    Path("own.jsonl").write_text("".join(json.dumps({"question": f"q{i}", "answer": i}) + "\n" for i in range(4)))
+    assert cli("prep", "own.jsonl", "--name", "mine", "--data-dir", "d")[0] == 0
+    assert len(rows_of("d/mine/train.jsonl")) == 3
+
+
+@pytest.mark.parametrize("content, arguments, sentence", [
+    (None, [], "There is no file f.jsonl"),
+    (b"", [], "f.jsonl is empty"),
+    (b"\xff\xfe\x00", [], "f.jsonl is not UTF-8 text (byte 0)"),
+    (b'{"question": "q", "answer": 1}\nnot json\n', [], "f.jsonl is not JSON at line 2"),
+    (b"[1, 2]\n", [], "line 1 is not an object"),
+    (b'{"question": "q", "answer": 1}\n', ["--question", "frage"], "no column 'frage' (it has: answer, question)"),
+    (b'{"question": "q", "answer": 1}\n', ["--answer", "a"], "no column 'a'"),
+    (b'{"question": "q", "answer": 1}\n', [], "1 usable problems are too few"),
+    (b'{"question": "q", "answer": 1}\n', ["--name", "../x"], "cannot be a task's name"),
+])
+def test_prep_bad_files(cli, content, arguments, sentence):
+    if content is not None:
+        Path("f.jsonl").write_bytes(content)
+    code, text = cli("prep", "f.jsonl", "--data-dir", "d", *arguments)
+    assert code == 1 and sentence in text
+
+
+def test_prep_other_bad_input(cli):
+    assert "neither svamp nor multiply nor a .csv or .jsonl file" in cli("prep", "swamp")[1]
+    assert "--digits '0' is not a number of digits" in cli("prep", "multiply", "--digits", "0")[1]
+    Path("bad.csv").write_text('question,answer\n"open quote,3')
+    assert "bad.csv is not valid CSV at line 2" in cli("prep", "bad.csv")[1]
+
+
+# ---- train and eval ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["s-grpo", "t-spmo"])
+def test_training_learns(tmp_path, method):
+    """The README's command, shortened: held-out accuracy rises, and what is shown is what the files say."""
+    process = script("train", "svamp", "--method", method, "--steps", "60", "--device", "cpu", cwd=tmp_path)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert "bundled demo" in text and "\x1b" not in text and "\r" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    run = tmp_path / "runs" / f"svamp-{method}"
+    rows, answers = rows_of(run / "metrics.jsonl"), rows_of(run / "eval.jsonl")
+    right = {phase: [a["correct"] for a in answers if a["phase"] == phase] for phase in ("base", "trained")}
+    assert len(right["base"]) == len(right["trained"]) == 300
+    assert sum(right["trained"]) - sum(right["base"]) >= 30  # ten points
+    assert tokenrl.mcnemar(right["base"], right["trained"]) < 0.001
+    assert f"({sum(right['trained'])}/300)" in text
+    share = sum(r["tokens_trained"] for r in rows) / sum(r["tokens_generated"] for r in rows)
+    assert (0.1 < share < 0.6) if method == "s-grpo" else (share < 0.05)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "state.pt"} <= set(os.listdir(run))
+
+
+def test_train_eval_and_gate(cli):
+    code, text = cli("train", "svamp", *FAST, "--steps", "2", "--method", "t-spmo", "--replay", "2", "--l2", "0.01",
+                     "--beta", "0.01", "--eval-samples", "2", "--name", "one")
+    assert code == 0 and "pass@2" in text
+    assert json.loads(Path("runs/one/config.json").read_text())["settings"]["replay"] == 2
+    code, text = cli("eval", "svamp", "--adapter", "runs/one", "--adapter", "runs/one", "--limit", "8", "--samples", "2",
+                     "--output", "out.jsonl", "--max-new-tokens", "24")
+    assert code == 0 and "one-1" in text and "one-2" in text and "pass@2" in text
+    answers = rows_of("out.jsonl")
+    assert [len([a for a in answers if a["policy"] == name]) for name in ("base", "one-1", "one-2")] == [8, 8, 8]
+    trained = [a["completion"] for a in rows_of("runs/one/eval.jsonl") if a["phase"] == "trained"]
+    assert trained == [a["completion"] for a in answers if a["policy"] == "one-1"]  # the saved adapter is the trained one
+    code, text = cli("eval", "svamp", "--limit", "4", "--min-accuracy", "1.0", "--max-new-tokens", "1")
+    assert code == 1 and "is below --min-accuracy" in text
+
+
+def test_runs_never_overwrite_each_other(cli):
+    for _ in range(2):
+        assert cli("train", "svamp", *FAST, "--steps", "1", "--name", "same")[0] == 0
+    assert sorted(os.listdir("runs")) == ["same", "same-2"]
+    assert exact(rows_of("runs/same/metrics.jsonl")) == exact(rows_of("runs/same-2/metrics.jsonl"))
+
+
+def test_dry_run(cli):
+    code, text = cli("train", "svamp", *FAST, "--dry-run", "--method", "grpo")
+    assert code == 0 and "peak memory, update" in text and "tokens generated │ 192" in text  # 2 x 4 x 24: none ends early
+    assert not Path("runs").exists()
+
+
+def test_killed_run_resumes_to_the_same_numbers(cli, tmp_path):
+    settings = [*FAST, "--steps", "12", "--save-every", "3", "--replay", "1", "--method", "t-spmo"]
+    assert cli("train", "svamp", *settings, "--name", "whole")[0] == 0
+    process = script("train", "svamp", *settings, "--name", "killed", cwd=tmp_path)
+    metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, text = cli("train", "svamp", "--resume", "runs/killed", "--device", "cpu")
+    assert code == 0
+    assert exact(rows_of("runs/killed/metrics.jsonl")) == exact(rows_of("runs/whole/metrics.jsonl"))
+    weights = [transformers_weights(tmp_path / "runs" / name) for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    code, text = cli("train", "svamp", "--resume", "runs/killed", "--lr", "0.5", "--group-size", "8")
+    assert code == 1 and "group_size was 4, now 8" in text and "lr was 0.0" in text
+    assert "not a run that can be resumed" in cli("train", "svamp", "--resume", "runs")[1]
+
+
+def transformers_weights(run):
+    from safetensors.torch import load_file
+    return load_file(run / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(tmp_path, number, code):
+    process = script("train", "svamp", *FAST, "--steps", "500", "--save-every", "400", cwd=tmp_path)
+    metrics = tmp_path / "runs" / "svamp-s-grpo" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    text = process.communicate()[0]
+    assert process.returncode == code and "--resume runs/svamp-s-grpo" in " ".join(text.split()), text
+    state = torch.load(metrics.parent / "state.pt", weights_only=True)
+    assert state["step"] == len(metrics.read_text().splitlines())
+
+
+def test_full_disk_keeps_the_last_checkpoint(cli, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*args, **kwargs)
+    monkeypatch.setattr(torch, "save", full)
+    code, text = cli("train", "svamp", *FAST, "--steps", "4", "--save-every", "2", "--name", "full")
+    assert code == 1 and "The disk is full" in text
+    assert torch.load("runs/full/state.pt", weights_only=True)["step"] == 2
+    assert transformers_weights(Path("runs/full"))
+    monkeypatch.undo()
+
+
+def test_non_finite_steps_stop_the_run(cli, monkeypatch):
+    monkeypatch.setattr(tokenrl, "s_grpo_weights", lambda trie, *_: {0: float("nan")})
+    code, text = cli("train", "svamp", *FAST, "--steps", "9", "--name", "nan")
+    assert code == 1 and "Three steps in a row" in text
+    assert [row["skipped"] for row in rows_of("runs/nan/metrics.jsonl")].count(True) == 3
+    assert all(torch.isfinite(w).all() for w in transformers_weights(Path("runs/nan")).values())
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB",
+                                     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"])
+def test_out_of_memory(cli, monkeypatch, message):
+    def fail(*args, **kwargs):
+        raise RuntimeError(message)
+    monkeypatch.setattr(tokenrl, "sample", fail)
+    code, text = cli("train", "svamp", *FAST, "--dry-run")
+    assert code == 1 and text.index("--batch-rows") < text.index("--max-new-tokens") < text.index("--group-size")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["train", "swamp"], "There is no task 'swamp'"),
+    (["train", "swamp"], "prep YOUR_FILE.csv"),
+    (["train", "svamp", "--method", "ppo"], "'ppo' is not one of"),
+    (["train", "svamp", "--group-size", "1"], "--group-size must be at least 2"),
+    (["train", "svamp", "--prompt", "none.txt"], "There is no file none.txt"),
+    (["train", "svamp", "--prompt", "chat"], "has no chat template"),
+    (["train", "svamp", "--lora-targets", "nothing"], "LoRA does not fit this model"),
+    (["eval", "svamp", "--adapter", "nowhere"], "nowhere holds no adapter"),
+    (["train", "svamp", "--dtype", "int3"], "--dtype"),
+    (["train", "svamp", "--device", "abacus"], "--device"),
+])
+def test_bad_arguments(cli, arguments, sentence):
+    if arguments[1] == "swamp":
+        arguments = [*arguments, "--model", DEMO, "--data-dir", "d"]
+    code, text = cli(*arguments)
+    assert code in (1, 2) and sentence in text.replace(" │ │ ", " ")
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("", "train.jsonl is empty"), ('{"question": "q"}\n', "train.jsonl line 1: no answer"),
+    ('{"question": "q", "answer": 1}\n{"question": "q", "answer": "x"}\n', "line 2: the answer is not a number"),
+    ("{", "is not JSON at line 1"),
+])
+def test_bad_prepared_data(cli, content, sentence):
+    Path("d/mine").mkdir(parents=True)
+    Path("d/mine/train.jsonl").write_text(content)
+    code, text = cli("train", "mine", "--model", DEMO, "--data-dir", "d")
+    assert code == 1 and sentence in text
+
+
+def test_prompt_file_must_hold_the_question(cli):
+    Path("p.txt").write_text("Answer me.")
+    assert "does not contain {question}" in cli("train", "svamp", "--prompt", "p.txt")[1]
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+def save_model(folder, **options):
+    """A random Qwen2 with the demo's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    config = transformers.AutoConfig.from_pretrained(DEMO, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_named_model_is_never_replaced(cli):
+    code, text = cli("train", "svamp", "--model", "Qwen/Qwen2-1.5B", "--data-dir", DEMO.parent)
+    assert code == 1 and "There is no task 'svamp'" in text or "could be had from the hub" in text
+    shutil.copytree(DEMO, "d/demo2")
+    code, text = cli("train", "demo2", "--model", "Qwen/Qwen2-1.5B", "--data-dir", "d")
+    assert code == 1 and "'Qwen/Qwen2-1.5B' is neither a local folder nor could it be had from the hub" in text
+    Path("empty").mkdir()
+    code, text = cli("train", "demo2", "--model", "empty", "--data-dir", "d")
+    assert code == 1 and "empty does not hold a model that can be loaded" in text
+
+
+def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    shutil.copytree(DEMO, "d/svamp")
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d", "--device", "auto")
+    assert "Qwen/Qwen2-1.5B cannot be loaded" in text or "CUDA" in text
+
+
+def test_another_task_trains_a_local_model(cli, tmp_path):
+    save_model(tmp_path / "model")
+    Path("own.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(9)))
+    assert cli("prep", "own.jsonl", "--data-dir", "d")[0] == 0
+    code, text = cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "model", "--temperature", "2")
+    assert code == 0 and "plain prompt" in text  # a base model: worked examples
+    code, text = cli("eval", "svamp", "--adapter", "runs/own-s-grpo", "--model", DEMO)
+    assert code == 1 and "was made for model" in text
+
+
+def test_an_adapter_that_does_not_fit(cli, tmp_path):
+    save_model(tmp_path / "a" / "model")
+    save_model(tmp_path / "b" / "model", hidden_size=64)
+    Path("own.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(9)))
+    cli("prep", "own.jsonl", "--data-dir", "d")
+    assert cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "a/model")[0] == 0
+    code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d", "--model", "b/model")
+    assert code == 1 and "does not fit" in text
+
+
+def test_gguf_without_its_package(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    code, text = cli("train", "svamp", "--model", "model.gguf", "--data-dir", DEMO.parent)
+    shutil.copytree(DEMO, "d/svamp")
+    code, text = cli("train", "svamp", "--model", "model.gguf", "--data-dir", "d")
+    assert code == 1 and "pip install gguf" in text
+
+
+CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|turn|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+
+
+@pytest.mark.parametrize("template, ends, wanted", [
+    (None, [1], "plain"), (CHAT, [1], "plain"), (CHAT, [1, 3], "chat"), (CHAT, 3, "chat")])
+def test_chat_prompt_only_for_models_that_end_their_turn(template, ends, wanted):
+    vocabulary = {"<|pad|>": 0, "<|end|>": 1, "<|user|>": 2, "<|turn|>": 3, "Hi": 4}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|pad|>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|turn|>"])
+    tokenizer.chat_template = template
+    model = random_model("qwen2")
+    model.config.eos_token_id = model.generation_config.eos_token_id = ends
+    assert tokenrl.choose_prompt("auto", model, tokenizer) == wanted
+
+
+def test_sliding_window_shorter_than_the_sequence_is_refused(cli, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=64, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    shutil.copytree(DEMO, "d/demo2")
+    code, text = cli("train", "demo2", "--model", "gemma", "--data-dir", "d", *FAST)
+    assert code == 1 and "sliding window of 64" in text
+
+
+# ---- help, start-up, output ----------------------------------------------------------------------------------------
+
+def test_help_needs_no_heavy_import():
+    code = "import sys, tokenrl; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    for command in ([], ["prep"], ["train"], ["eval"]):
+        text = subprocess.run([sys.executable, "tokenrl.py", *command, "--help"], cwd=ROOT, capture_output=True,
+                              text=True, check=True).stdout
+        assert "Usage" in text
