@@ -541,11 +541,17 @@ def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, m
 def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
     base = base_of(model)
     decoder, device = base.get_decoder(), base.device
-    longest = max(map(len, prompts))
-    visible = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # padded on the left
-    positions = (visible.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=base.config)
+    # What all prompts begin with (the worked examples) is computed once, the rest of each as a batch padded on the left.
+    shared = prompts[0][:min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)]
+    if shared:
+        decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+    rests, longest = [p[len(shared):] for p in prompts], max(map(len, prompts)) - len(shared)
+    ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=device)  # [B, longest]
+    visible = torch.tensor([[1] * len(shared) + [0] * (longest - len(rest)) + [1] * len(rest) for rest in rests],
+                           device=device)  # [B, shared + longest]
+    positions = (visible.cumsum(1) - 1).clamp(min=0)[:, len(shared):]
     hidden = decoder(input_ids=ids, attention_mask=visible, position_ids=positions, past_key_values=cache,
                      use_cache=True).last_hidden_state
     # The prompt is computed once; its keys and values, its mask and its last logits are repeated for the group.
@@ -1044,6 +1050,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
                 raise
             continue
         settings.model = name
+        settings.lr = getattr(settings, "lr", None) or (3e-3 if name == bundled else 5e-4)  # small models need more
         return Policy(model, tokenizer, choose_prompt(settings.prompt, model, tokenizer), examples), train_set, test_set
 
 
@@ -1099,7 +1106,8 @@ def train_command(
     group_size: Annotated[int, option("Completions sampled per problem (G).", panel="Rollout")] = 8,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
-    lr: Annotated[float, option("Peak learning rate; warms up, then decays.", panel="Update", min=0)] = 1e-3,
+    lr: Annotated[Optional[float], option("Peak learning rate; warms up, then decays.", panel="Update", min=0,
+                                          show_default="5e-4; 3e-3 for the bundled model")] = None,
     beta: Annotated[float, option("Weight of the KL to the model without adapter.", panel="Update", min=0)] = 0.0,
     l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", panel="Update", min=0)] = 1.0,

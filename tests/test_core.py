@@ -279,6 +279,8 @@ def test_lower_layers_store_nothing():
 def test_greedy_equals_generate(model, words):
     rng = random.Random(0)
     prompts = [[rng.randrange(2, 97) for _ in range(n)] for n in (3, 9, 5, 1, 12)]
+    shared = [rng.randrange(2, 97) for _ in range(6)]
+    prompts += [shared, shared + [7], shared + [8, 9, 7], shared + [7, 9]]  # these begin alike: computed once
     found = tokenrl.sample(model, words, prompts, 2, max_new_tokens=24, temperature=0, rows=6)
     for prompt, group in zip(prompts, found):
         wanted = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
