@@ -557,16 +557,15 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
     # The prompt is computed once; its keys and values, its mask and its last logits are repeated for the group.
     cache.batch_repeat_interleave(group_size)
     logits = logits_of(model, hidden[:, -1].contiguous()).repeat_interleave(group_size, 0)  # [B * G, V]
-    visible = visible.repeat_interleave(group_size, 0)
+    # The mask of all decoding steps, made once: [B * G, 1, 1, prompt + completion], added to the attention scores.
+    mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + max_new_tokens, dtype=hidden.dtype, device=device)
+    mask[..., :visible.shape[1]].masked_fill_(visible[:, None, None] == 0, torch.finfo(mask.dtype).min)
+    mask = mask.repeat_interleave(group_size, 0)
     position = (positions[:, -1:] + 1).repeat_interleave(group_size, 0)
     completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
-    live = list(range(len(completions)))
+    live, seen = list(range(len(completions))), visible.shape[1]
     while True:
-        if temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
-        keep = []
+        tokens, keep = draw(logits, temperature, generator), []
         for row, token in enumerate(tokens.tolist()):
             completion = completions[live[row]]
             completion.append(token)
@@ -579,11 +578,21 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
             live = [live[row] for row in keep]
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
-            tokens, visible, position = tokens[index], visible[index], position[index]
-        visible = torch.cat([visible, visible.new_ones(len(live), 1)], 1)
-        hidden = decoder(input_ids=tokens[:, None], attention_mask=visible, position_ids=position,
+            tokens, mask, position = tokens[index], mask[index], position[index]
+        seen += 1
+        hidden = decoder(input_ids=tokens[:, None], attention_mask=mask[..., :seen], position_ids=position,
                          past_key_values=cache, use_cache=True).last_hidden_state
         logits, position = logits_of(model, hidden[:, -1].contiguous()), position + 1
+
+
+def draw(logits, temperature: float, generator):
+    """One token per row of logits [rows, V] from softmax(logits / temperature), by inverting the cumulative
+    distribution: torch.multinomial draws V random numbers a row, which on a CPU takes longer than the model."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    uniform = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in (0, 1]
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])[:, 0]
 
 
 @dataclass
@@ -709,15 +718,21 @@ def credit_weights(method: str, trie: Trie, rewards: list[float], settings, rng:
 LOGIT_ROWS = 128  # rows of [vocabulary] logits that exist at a time
 
 
+def ancestors(trie: Trie, node: int, known: set[int]) -> list[int]:
+    """The ancestors of a node, nearest first, up to the first that is in `known`."""
+    found, node = [], trie.parents[node]
+    while node >= 0 and node not in known:
+        found.append(node)
+        node = trie.parents[node]
+    return found
+
+
 def pack(prompt: list[int], trie: Trie, nodes: list[int]):
     """One sequence of the prompt and all ancestors of `nodes`, each once: (ids [L], positions [L], allowed [L, L] of
     bool, slot {node: index in the sequence}). A row of `allowed` sees the prompt and the node's own ancestors."""
     needed: set[int] = set()
     for node in nodes:
-        node = trie.parents[node]
-        while node >= 0 and node not in needed:
-            needed.add(node)
-            node = trie.parents[node]
+        needed.update(ancestors(trie, node, needed))
     order, start = sorted(needed), len(prompt)  # parents come before their children
     slot = {-1: start - 1} | {node: start + i for i, node in enumerate(order)}
     ids = torch.tensor(prompt + [trie.tokens[n] for n in order])
@@ -796,35 +811,71 @@ def check_packing(model, tokenizer) -> None:
                                 f"(log-probs differ by {gap:.3g}); use a plain decoder such as Qwen2, Llama or Gemma.")
 
 
-def group_loss(policy: Policy, rollout: Rollout, trie: Trie, weights: dict[int, float], settings):
-    """The loss of one group, a scalar: the docstring's formula, plus beta * KL to the model without its adapter."""
+def step_trie(rollouts: list[Rollout], weights: list[dict[int, float]]) -> tuple[list[int], Trie, dict[int, float]]:
+    """All groups of a step as one trie: what their prompts share (token ids), the trie of the rest of each prompt and
+    its completions, and the weight of its nodes, given each group's weights on the trie of its completions alone."""
+    prompts = [rollout.prompt for rollout in rollouts]
+    shared = prompts[0][:len(os.path.commonprefix(prompts))]
+    joint = Trie([r.prompt[len(shared):] + completion for r in rollouts for completion in r.completions])
+    total: dict[int, float] = defaultdict(float)  # a replay can meet the nodes of the group that it came from
+    paths = iter(joint.paths)
+    for rollout, own in zip(rollouts, weights):
+        nodes = {}
+        for path in Trie(rollout.completions).paths:
+            nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared):]))
+        for node, weight in own.items():
+            total[nodes[node]] += weight
+    return shared, joint, total
+
+
+def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]]:
+    """Cut `nodes` into lists with at most `budget` ancestors each (a single long path may have more)."""
+    part: list[int] = []
+    needed: set[int] = set()
+    for node in sorted(nodes):
+        if part and len(needed) + len(ancestors(trie, node, needed)) > budget:
+            yield part
+            part, needed = [], set()
+        part.append(node)
+        needed.update(ancestors(trie, node, needed))
+    yield part
+
+
+def pack_loss(policy: Policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta: float, settings):
+    """The docstring's formula on some of a step's nodes, a scalar, plus beta times their summed KL to the model without
+    its adapter (the k3 estimate of Schulman 2020)."""
     nodes = list(weights)
     weight = torch.tensor([weights[n] for n in nodes], device=base_of(policy.model).device)
-    logp = packed_logprobs(policy.model, rollout.prompt, trie, nodes, settings.temperature)
+    logp = packed_logprobs(policy.model, prompt, trie, nodes, settings.temperature)
     # On pi instead of log pi, a branch counts by how likely it is; the gradient of pi is pi * grad log pi.
     loss = -(weight * (logp.exp() if settings.method == "t-spmo" and settings.on_prob else logp)).sum()
-    if settings.beta:
+    if beta:
         with torch.no_grad(), policy.model.disable_adapter():
-            gap = packed_logprobs(policy.model, rollout.prompt, trie, nodes, settings.temperature)
-        gap = gap - logp
-        loss = loss + settings.beta * (gap.exp() - gap - 1).mean()  # the k3 estimate of Schulman, per trained token
+            reference = packed_logprobs(policy.model, prompt, trie, nodes, settings.temperature)
+        gap = reference - logp
+        loss = loss + beta * (gap.exp() - gap - 1).sum()
     return loss
 
 
 def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settings, rng: random.Random) -> dict:
-    """One optimizer step on all groups; groups without signal cost nothing. Returns what was trained.
+    """One optimizer step on the mean loss of all groups; groups without signal cost nothing. Returns what was trained.
 
     A step with a non-finite gradient is skipped and reported, and the adapter stays as it was.
     """
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    trained, loss_sum = 0, 0.0
+    credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
     for rollout in rollouts:
-        trie = Trie(rollout.completions)
-        weights = credit_weights(settings.method, trie, rollout.rewards, settings, rng) if rollout.has_signal else {}
-        if weights:
-            loss = group_loss(policy, rollout, trie, weights, settings) / len(rollouts)
+        if rollout.has_signal and (weights := credit_weights(
+                settings.method, Trie(rollout.completions), rollout.rewards, settings, rng)):
+            credited[rollout.prompt[0]].append((rollout, weights))
+    loss_sum, trained = 0.0, sum(len(weights) for pairs in credited.values() for _, weights in pairs)
+    for pairs in credited.values():
+        prompt, trie, weights = step_trie(*zip(*pairs))
+        for nodes in split_nodes(trie, list(weights), settings.max_pack_tokens):
+            part = {n: weights[n] / len(rollouts) for n in nodes}
+            loss = pack_loss(policy, prompt, trie, part, settings.beta / trained, settings)
             loss.backward()
-            trained, loss_sum = trained + len(weights), loss_sum + loss.item()
+            loss_sum += loss.item()
     if trained and settings.l2:
         (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
     norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], settings.max_grad_norm))
@@ -1110,6 +1161,8 @@ def train_command(
                                           show_default="5e-4; 3e-3 for the bundled model")] = None,
     beta: Annotated[float, option("Weight of the KL to the model without adapter.", panel="Update", min=0)] = 0.0,
     l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
+    max_pack_tokens: Annotated[int, option("Tokens in one forward pass of the update, the part of the prompt that all "
+                                           "share not counted; less needs less memory.", panel="Update", min=1)] = 1024,
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", panel="Update", min=0)] = 1.0,
     name: Annotated[str, option("The run's folder in runs/.", panel="Run", show_default="TASK-METHOD")] = "",
     resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
@@ -1420,7 +1473,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         errors.print("[bold red]Error:[/] Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
-                     "--max-new-tokens, a lower --group-size. Check with --dry-run.", soft_wrap=True)
+                     "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.", soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -2,6 +2,7 @@
 import math
 import random
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,80 +191,106 @@ def test_check_packing_accepts_exact_models_and_refuses_others(model, monkeypatc
         tokenrl.check_packing(model, tokenizer)
 
 
-@pytest.mark.parametrize("method", ["grpo", "s-grpo", "t-spmo"])
-def test_update_is_the_policy_gradient(method):
-    """One step's gradient, through update(), against the formula written over completions with plain forwards."""
-    from types import SimpleNamespace
-    settings = SimpleNamespace(method=method, alpha=2, p=0.5, temperature=1.0, beta=0.0, l2=0.01, on_prob=False,
-                               max_grad_norm=1e9)
-    model, (completions, rewards) = lora(random_model("qwen2")), random_group(3)
-    policy = tokenrl.Policy(model, None, "plain")
-    problem = tokenrl.Problem("q", "1")
-    rollouts = [tokenrl.Rollout(problem, [4, 5, 6], completions, rewards),
-                tokenrl.Rollout(problem, [4, 5], completions, [1.0] * len(rewards))]  # no signal
+def settings_of(**changes):
+    return SimpleNamespace(**{"method": "grpo", "alpha": 2, "p": 0.5, "temperature": 1.0, "beta": 0.0, "l2": 0.0,
+                              "on_prob": False, "max_grad_norm": 1e9, "max_pack_tokens": 1024} | changes)
+
+
+def step_gradient(model, rollouts, settings, rng):
+    """The gradient that update() hands to the optimizer, and what it reports."""
     seen = []
     optimizer = tokenrl.new_optimizer(model)
     optimizer.register_step_pre_hook(lambda *_: seen.append(
         torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.requires_grad])))
-    tokenrl.update(policy, rollouts, optimizer, 0.0, settings, random.Random(5))
+    return tokenrl.update(tokenrl.Policy(model, None, "plain"), rollouts, optimizer, 0.0, settings, rng), seen[0]
 
-    rng, loss, advantages = random.Random(5), 0.0, brute_advantages(rewards)
-    if method == "t-spmo":
-        trie = tokenrl.Trie(completions)
-        weights = tokenrl.t_spmo_weights(trie, rewards)
-        logps = {n: lp for c, path in zip(completions, trie.paths)
-                 for n, lp in zip(path, plain_logprobs(model, [4, 5, 6], c))}
-        loss = -sum(w * logps[n] for n, w in weights.items())
-    else:
-        for completion, advantage in zip(completions, advantages):
-            kept = [t for t in range(len(completion)) if method == "grpo" or t < 2 or rng.random() < 0.5]
-            loss = loss - advantage * plain_logprobs(model, [4, 5, 6], completion)[kept].mean() / len(completions)
-    loss = loss / 2 + 0.01 * sum(p.pow(2).sum() for p in model.parameters() if p.requires_grad)
+
+PROBLEM = tokenrl.Problem("q", "1")
+
+
+def random_step():
+    """Groups whose prompts begin alike, one of them a replay from inside another, one without signal, one apart."""
+    (completions, rewards), (others, other_rewards) = random_group(3), random_group(8)
+    return [tokenrl.Rollout(PROBLEM, [4, 5, 6], completions, rewards),
+            tokenrl.Rollout(PROBLEM, [4, 5, 6, *completions[0][:2]], others, other_rewards),
+            tokenrl.Rollout(PROBLEM, [4, 5], completions, [1.0] * len(rewards)),
+            tokenrl.Rollout(PROBLEM, [4, 7], others, other_rewards),
+            tokenrl.Rollout(PROBLEM, [9], completions, rewards)]
+
+
+@pytest.mark.parametrize("budget", [1024, 9, 1])
+@pytest.mark.parametrize("method", ["grpo", "s-grpo", "t-spmo"])
+def test_update_is_the_policy_gradient(method, budget):
+    """One step's gradient, through update(), against the formula written over completions with plain forwards, however
+    the step is cut into packs."""
+    model, rollouts = lora(random_model("qwen2")), random_step()
+    settings = settings_of(method=method, l2=0.01, max_pack_tokens=budget)
+    report, found = step_gradient(model, rollouts, settings, random.Random(5))
+
+    rng, loss, trained = random.Random(5), 0.0, 0
+    for rollout in rollouts:
+        if not rollout.has_signal:
+            continue
+        trie, rewards = tokenrl.Trie(rollout.completions), rollout.rewards
+        logps = [plain_logprobs(model, rollout.prompt, completion) for completion in rollout.completions]
+        if method == "t-spmo":
+            weights = tokenrl.t_spmo_weights(trie, rewards)
+            by_node = {n: lp for path, row in zip(trie.paths, logps) for n, lp in zip(path, row)}
+            loss, trained = loss - sum(w * by_node[n] for n, w in weights.items()), trained + len(weights)
+            continue
+        for row, advantage in zip(logps, brute_advantages(rewards)):
+            kept = [t for t in range(len(row)) if method == "grpo" or t < 2 or rng.random() < 0.5]
+            loss = loss - advantage * row[kept].mean() / len(logps)
+    loss = loss / len(rollouts) + 0.01 * sum(p.pow(2).sum() for p in model.parameters() if p.requires_grad)
     expected = gradients(model, loss)
-    torch.testing.assert_close(seen[0], expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+    assert method != "t-spmo" or report["tokens_trained"] == trained
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_split_nodes_covers_all_within_the_budget(seed):
+    rng = random.Random(seed)
+    trie = tokenrl.Trie(random_completions(rng, 9, 8))
+    nodes = rng.sample(range(len(trie.tokens)), len(trie.tokens) // 2)
+    parts = list(tokenrl.split_nodes(trie, nodes, 10))
+    assert sorted(sum(parts, [])) == sorted(nodes)
+    assert all(len(tokenrl.pack([5], trie, part)[0]) <= 11 for part in parts)
 
 
 def test_t_spmo_on_probability_scales_by_pi():
-    from types import SimpleNamespace
-    settings = SimpleNamespace(method="t-spmo", temperature=1.0, beta=0.0, on_prob=True)
     model = lora(random_model("qwen2"))
-    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7], [8]], [1.0, 0.0])
-    trie = tokenrl.Trie(rollout.completions)
-    weights = tokenrl.t_spmo_weights(trie, rollout.rewards)
+    trie, rewards = tokenrl.Trie([[7], [8]]), [1.0, 0.0]
+    weights = tokenrl.t_spmo_weights(trie, rewards)
     assert weights == {0: 0.25, 1: -0.25}
     probs = torch.stack([plain_logprobs(model, [4, 5], [t])[0].exp() for t in (7, 8)])
-    loss = tokenrl.group_loss(tokenrl.Policy(model, None, "plain"), rollout, trie, weights, settings)
+    loss = tokenrl.pack_loss(tokenrl.Policy(model, None, "plain"), [4, 5], trie, weights, 0.0,
+                             settings_of(method="t-spmo", on_prob=True))
     torch.testing.assert_close(loss, -(0.25 * probs[0] - 0.25 * probs[1]))
 
 
 def test_kl_is_zero_at_the_base_and_pulls_back_to_it():
-    from types import SimpleNamespace
-    settings = SimpleNamespace(method="grpo", temperature=1.0, beta=1.0, on_prob=False)
-    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0])
-    trie = tokenrl.Trie(rollout.completions)
+    trie, nothing = tokenrl.Trie([[7, 9], [8]]), {0: 0.0, 1: 0.0, 2: 0.0}
     policy = tokenrl.Policy(tokenrl.add_lora(random_model("qwen2"), 4, 8, "q_proj", 0.5), None, "plain")
-    assert tokenrl.group_loss(policy, rollout, trie, {0: 0.0, 1: 0.0, 2: 0.0}, settings).item() == 0.0
+    assert tokenrl.pack_loss(policy, [4, 5], trie, nothing, 1.0, settings_of()).item() == 0.0
     policy = tokenrl.Policy(lora(random_model("qwen2")), None, "plain")
-    loss = tokenrl.group_loss(policy, rollout, trie, {0: 0.0, 1: 0.0, 2: 0.0}, settings)
+    loss = tokenrl.pack_loss(policy, [4, 5], trie, nothing, 1.0, settings_of())
     logps = torch.cat([plain_logprobs(policy.model, [4, 5], c) for c in ([7, 9], [8])])
     with policy.model.disable_adapter():
         reference = torch.cat([plain_logprobs(policy.model, [4, 5], c) for c in ([7, 9], [8])]).detach()
     gap = reference - logps
-    expected = (gap.exp() - gap - 1).mean()
+    expected = (gap.exp() - gap - 1).sum()
     assert expected.item() > 1e-4
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(gradients(policy.model, loss), gradients(policy.model, expected), atol=1e-5, rtol=1e-2)
 
 
 def test_non_finite_gradient_is_skipped_and_leaves_the_adapter_alone(monkeypatch):
-    from types import SimpleNamespace
-    settings = SimpleNamespace(method="grpo", temperature=1.0, beta=0.0, l2=0.0, on_prob=False, max_grad_norm=1.0)
     model = lora(random_model("qwen2"))
     before = [p.clone() for p in model.parameters()]
     monkeypatch.setattr(tokenrl, "grpo_weights", lambda trie, rewards: {0: math.nan})
-    rollout = tokenrl.Rollout(tokenrl.Problem("q", "1"), [4, 5], [[7, 9], [8]], [1.0, 0.0])
-    result = tokenrl.update(tokenrl.Policy(model, None, "plain"), [rollout], tokenrl.new_optimizer(model), 0.1, settings,
-                            random.Random(0))
+    rollout = tokenrl.Rollout(PROBLEM, [4, 5], [[7, 9], [8]], [1.0, 0.0])
+    result = tokenrl.update(tokenrl.Policy(model, None, "plain"), [rollout], tokenrl.new_optimizer(model), 0.1,
+                            settings_of(), random.Random(0))
     assert result["skipped"] and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
 
