@@ -45,6 +45,7 @@ import shutil
 import signal
 import time
 import urllib.request
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -178,7 +179,7 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
             reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
             return [(reader.line_num, row) for row in reader]
         except csv.Error as error:
-            raise UserError(f"{path} is not valid CSV at line {reader.line_num}: {error}.") from None
+            raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -541,6 +542,7 @@ def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, m
 def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
     base = base_of(model)
     decoder, device = base.get_decoder(), base.device
+    check_window(base.config, max(map(len, prompts)) + max_new_tokens)
     cache = transformers.DynamicCache(config=base.config)
     # What all prompts begin with (the worked examples) is computed once, the rest of each as a batch padded on the left.
     shared = prompts[0][:min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)]
@@ -1084,16 +1086,16 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
         real = task != "svamp" or pick_device(settings.device).startswith("cuda")
         names = [DEFAULT_MODEL] * real + [bundled] * (task == "svamp")
     for name in names:
-        data_dir = DATA if name == bundled else settings.data_dir
-        if name == bundled and settings.model == "auto":
+        demo = name == bundled and task == "svamp"  # the small model has never seen the words of the real SVAMP
+        if demo and settings.model == "auto":
             why = f"{DEFAULT_MODEL} cannot be loaded" if real else "No CUDA GPU here"
             console.print(f"{why}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
                           "problems.\nFor the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.",
                           style="yellow", highlight=False)
-        elif task == "svamp" and not (data_dir / task / "train.jsonl").exists():
+        elif not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
             console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
-            write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, data_dir)
-        train_set, test_set, examples = load_task("demo" if name == bundled else task, data_dir)
+            write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, settings.data_dir)
+        train_set, test_set, examples = load_task(*("demo", DATA) if demo else (task, settings.data_dir))
         try:
             model, tokenizer = load_model(name, settings.device, settings.dtype)
         except UserError:
@@ -1461,6 +1463,7 @@ def unique_names(folders: list[Path]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of it, not the user's
     try:
         app(arguments)
     except UserError as error:

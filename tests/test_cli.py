@@ -22,7 +22,8 @@ import tokenrl
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data" / "demo"
-FAST = ["--device", "cpu", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "24", "--eval-problems", "8"]
+FAST = ["--device", "cpu", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "24",
+        "--eval-problems", "8"]
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_prep_multiply(cli):
     assert cli("prep", "multiply", "--digits", "2x1", "--count", "50", "--data-dir", "d")[0] == 0
     rows = rows_of("d/multiply/train.jsonl")
     assert len(rows) == 35 and all(re.fullmatch(r"What is \d\d \* \d\?", row["question"]) for row in rows)
-    assert "digits" in rows_of("d/multiply/examples.jsonl")[0]["question"] or rows_of("d/multiply/examples.jsonl")
+    assert "47 * 30 = 1410" in rows_of("d/multiply/examples.jsonl")[0]["answer"]  # digit by digit
 
 
 def test_prep_own_csv_and_jsonl(cli, tmp_path):
@@ -138,7 +139,7 @@ def test_prep_other_bad_input(cli):
     assert "neither svamp nor multiply nor a .csv or .jsonl file" in cli("prep", "swamp")[1]
     assert "--digits '0' is not a number of digits" in cli("prep", "multiply", "--digits", "0")[1]
     Path("bad.csv").write_text('question,answer\n"open quote,3')
-    assert "bad.csv is not valid CSV at line 2" in cli("prep", "bad.csv")[1]
+    assert "bad.csv is not valid CSV after line 1" in cli("prep", "bad.csv")[1]
 
 
 # ---- train and eval ------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def test_non_finite_steps_stop_the_run(cli, monkeypatch):
     monkeypatch.setattr(tokenrl, "s_grpo_weights", lambda trie, *_: {0: float("nan")})
     code, text = cli("train", "svamp", *FAST, "--steps", "9", "--name", "nan")
     assert code == 1 and "Three steps in a row" in text
-    assert [row["skipped"] for row in rows_of("runs/nan/metrics.jsonl")].count(True) == 3
+    assert [row["skipped"] for row in rows_of("runs/nan/metrics.jsonl")][-3:] == [True] * 3
     assert all(torch.isfinite(w).all() for w in transformers_weights(Path("runs/nan")).values())
 
 
@@ -263,7 +264,7 @@ def test_out_of_memory(cli, monkeypatch, message):
         raise RuntimeError(message)
     monkeypatch.setattr(tokenrl, "sample", fail)
     code, text = cli("train", "svamp", *FAST, "--dry-run")
-    assert code == 1 and text.index("--batch-rows") < text.index("--max-new-tokens") < text.index("--group-size")
+    assert code == 1 and text.index("--batch-rows") < text.index("--max-pack-tokens") < text.index("--max-new-tokens")
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -314,8 +315,6 @@ def save_model(folder, **options):
 
 
 def test_a_named_model_is_never_replaced(cli):
-    code, text = cli("train", "svamp", "--model", "Qwen/Qwen2-1.5B", "--data-dir", DEMO.parent)
-    assert code == 1 and "There is no task 'svamp'" in text or "could be had from the hub" in text
     shutil.copytree(DEMO, "d/demo2")
     code, text = cli("train", "demo2", "--model", "Qwen/Qwen2-1.5B", "--data-dir", "d")
     assert code == 1 and "'Qwen/Qwen2-1.5B' is neither a local folder nor could it be had from the hub" in text
@@ -325,10 +324,11 @@ def test_a_named_model_is_never_replaced(cli):
 
 
 def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = iter(["cuda"])  # what is asked first is whether there is a GPU
+    monkeypatch.setattr(tokenrl, "pick_device", lambda device: next(devices, "cpu"))
     shutil.copytree(DEMO, "d/svamp")
-    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d", "--device", "auto")
-    assert "Qwen/Qwen2-1.5B cannot be loaded" in text or "CUDA" in text
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
+    assert code == 0 and "Qwen/Qwen2-1.5B cannot be loaded, so this is the bundled demo" in text
 
 
 def test_another_task_trains_a_local_model(cli, tmp_path):
@@ -337,7 +337,7 @@ def test_another_task_trains_a_local_model(cli, tmp_path):
     assert cli("prep", "own.jsonl", "--data-dir", "d")[0] == 0
     code, text = cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "model", "--temperature", "2")
     assert code == 0 and "plain prompt" in text  # a base model: worked examples
-    code, text = cli("eval", "svamp", "--adapter", "runs/own-s-grpo", "--model", DEMO)
+    code, text = cli("eval", "own", "--data-dir", "d", "--adapter", "runs/own-s-grpo", "--model", DEMO)
     assert code == 1 and "was made for model" in text
 
 
@@ -353,7 +353,6 @@ def test_an_adapter_that_does_not_fit(cli, tmp_path):
 
 def test_gguf_without_its_package(cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    code, text = cli("train", "svamp", "--model", "model.gguf", "--data-dir", DEMO.parent)
     shutil.copytree(DEMO, "d/svamp")
     code, text = cli("train", "svamp", "--model", "model.gguf", "--data-dir", "d")
     assert code == 1 and "pip install gguf" in text
@@ -383,7 +382,7 @@ def test_sliding_window_shorter_than_the_sequence_is_refused(cli, tmp_path):
     transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
     shutil.copytree(DEMO, "d/demo2")
-    code, text = cli("train", "demo2", "--model", "gemma", "--data-dir", "d", *FAST)
+    code, text = cli("train", "demo2", "--model", "gemma", "--data-dir", "d", *FAST, "--max-new-tokens", "60")
     assert code == 1 and "sliding window of 64" in text
 
 
