@@ -34,8 +34,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -176,7 +178,7 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
     text = read_text(path)
     if path.suffix.lower() == ".csv":
         try:
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             return [(reader.line_num, row) for row in reader]
         except csv.Error as error:
             raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
@@ -195,10 +197,11 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
 
 def to_problem(row: dict, question: str = "question", answer: str = "answer") -> Problem | str:
     """The problem in a row, or the reason why there is none."""
-    asked, wanted = (str(row.get(key) if row.get(key) is not None else "").strip() for key in (question, answer))
+    asked, wanted, kind = ("" if row.get(key) is None else str(row[key]).encode(errors="replace").decode().strip()
+                           for key in (question, answer, "type"))
     if not asked or not wanted:
         return "no question" if not asked else "no answer"
-    return Problem(asked, wanted, str(row.get("type") or "")) if is_number(wanted) else "the answer is not a number"
+    return Problem(asked, wanted, kind) if is_number(wanted) else "the answer is not a number"
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -247,8 +250,7 @@ def svamp_problems(source: Optional[Path]) -> tuple[list[Problem], Counter]:
     for row in json.loads(raw):
         body = row["Body"].strip()
         question = (body if body.endswith((".", "?", "!", ",")) else body + ".") + " " + row["Question"].strip()
-        answer = row["Answer"]
-        problems.append(Problem(question, f"{answer:g}" if abs(answer) < 1e5 else str(int(answer)),
+        problems.append(Problem(question, str(row["Answer"]).removesuffix(".0"),
                                 row["Type"].replace("Divison", "Division")))  # the file misspells one
     return problems, Counter()
 
@@ -272,7 +274,7 @@ def multiply_problems(digits: str, count: int, seed: int) -> tuple[list[Problem]
 
 def file_problems(path: Path, question: str, answer: str) -> tuple[list[Problem], Counter]:
     """Problems of a CSV or JSONL file, and why rows were rejected."""
-    if path.suffix.lower() not in (".csv", ".jsonl", ".json"):
+    if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"{path} is neither svamp nor multiply nor a .csv or .jsonl file.")
     rows = read_rows(path)
     if not rows:
@@ -490,13 +492,14 @@ def peak_memory(device: str, reset: bool = False) -> int:
     on MPS what the driver holds now. 0 where it cannot be read."""
     if device.startswith("cuda"):
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     if device == "mps":
         return torch.mps.driver_allocated_memory()
-    with contextlib.suppress(OSError):
-        if reset:
+    if reset:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     with contextlib.suppress(ImportError):  # macOS counts bytes; Windows has no such module
         return importlib.import_module("resource").getrusage(0).ru_maxrss
@@ -539,31 +542,36 @@ def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, m
     return result
 
 
-def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
-    base = base_of(model)
+def _prefill(base, prompts: list[list[int]]):
+    """Compute the prompts as one batch, padded on the left: (cache, final hidden state [B, width] of each prompt, which
+    places of the cache hold tokens [B, P], number of tokens [B, 1]).
+
+    What all prompts begin with (the worked examples) is computed once and repeated."""
     decoder, device = base.get_decoder(), base.device
-    check_window(base.config, max(map(len, prompts)) + max_new_tokens)
     cache = transformers.DynamicCache(config=base.config)
-    # What all prompts begin with (the worked examples) is computed once, the rest of each as a batch padded on the left.
     shared = prompts[0][:min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)]
     if shared:
         decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
     rests, longest = [p[len(shared):] for p in prompts], max(map(len, prompts)) - len(shared)
-    ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=device)  # [B, longest]
+    ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=device)
     visible = torch.tensor([[1] * len(shared) + [0] * (longest - len(rest)) + [1] * len(rest) for rest in rests],
-                           device=device)  # [B, shared + longest]
+                           device=device)
     positions = (visible.cumsum(1) - 1).clamp(min=0)[:, len(shared):]
     hidden = decoder(input_ids=ids, attention_mask=visible, position_ids=positions, past_key_values=cache,
                      use_cache=True).last_hidden_state
-    # The prompt is computed once; its keys and values, its mask and its last logits are repeated for the group.
+    return cache, hidden[:, -1].contiguous(), visible, positions[:, -1:] + 1
+
+
+def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
+    base = base_of(model)
+    check_window(base.config, max(map(len, prompts)) + max_new_tokens)
+    cache, hidden, visible, position = _prefill(base, prompts)
+    # Each prompt was computed once; for its group, keys and values, logits, mask and position are repeated.
     cache.batch_repeat_interleave(group_size)
-    logits = logits_of(model, hidden[:, -1].contiguous()).repeat_interleave(group_size, 0)  # [B * G, V]
-    # The mask of all decoding steps, made once: [B * G, 1, 1, prompt + completion], added to the attention scores.
-    mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + max_new_tokens, dtype=hidden.dtype, device=device)
+    mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + max_new_tokens, dtype=hidden.dtype, device=base.device)
     mask[..., :visible.shape[1]].masked_fill_(visible[:, None, None] == 0, torch.finfo(mask.dtype).min)
-    mask = mask.repeat_interleave(group_size, 0)
-    position = (positions[:, -1:] + 1).repeat_interleave(group_size, 0)
+    logits, mask, position = (x.repeat_interleave(group_size, 0) for x in (logits_of(model, hidden), mask, position))
     completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     live, seen = list(range(len(completions))), visible.shape[1]
     while True:
@@ -578,12 +586,12 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
             return [completions[i:i + group_size] for i in range(0, len(completions), group_size)]
         if len(keep) < len(live):  # finished rows would cost as much as the others
             live = [live[row] for row in keep]
-            index = torch.tensor(keep, device=device)
+            index = torch.tensor(keep, device=base.device)
             cache.batch_select_indices(index)
             tokens, mask, position = tokens[index], mask[index], position[index]
         seen += 1
-        hidden = decoder(input_ids=tokens[:, None], attention_mask=mask[..., :seen], position_ids=position,
-                         past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = base.get_decoder()(input_ids=tokens[:, None], attention_mask=mask[..., :seen], position_ids=position,
+                                    past_key_values=cache, use_cache=True).last_hidden_state
         logits, position = logits_of(model, hidden[:, -1].contiguous()), position + 1
 
 
@@ -894,15 +902,16 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
 # 6. Train and evaluate: short loops that call the above
 # ---------------------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(count), count)
+
+
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone so that a resumed
     run sees what the uninterrupted one would have seen."""
-    picked = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, place = divmod(i, len(problems))
-        order = random.Random(f"{seed}/{epoch}").sample(range(len(problems)), len(problems))
-        picked.append(problems[order[place]])
-    return picked
+    places = [divmod(i, len(problems)) for i in range(step * count, (step + 1) * count)]
+    return [problems[epoch_order(len(problems), seed, epoch)[place]] for epoch, place in places]
 
 
 def learning_rate(step: int, settings) -> float:
@@ -919,11 +928,8 @@ def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, se
     start = time.perf_counter()
     asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)
     rollouts = roll_out(policy, asked, [[]] * len(asked), settings, seed=rng.getrandbits(32))
-    if settings.replay:
-        points = replay_points(rollouts, settings.replay, settings.max_new_tokens, rng)
-        replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32)) if points[0] else []
-    else:
-        replays = []
+    points = replay_points(rollouts, settings.replay, settings.max_new_tokens, rng)
+    replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32))
     middle = time.perf_counter()
     updated = update(policy, rollouts + replays, optimizer, learning_rate(step, settings), settings, rng)
     ends, completions = end_tokens(policy.model, policy.tokenizer), [c for r in rollouts for c in r.completions]
@@ -951,11 +957,8 @@ def new_optimizer(model):
 def train(policy: Policy, problems: list[Problem], settings, run: Path, stop: list) -> Iterator[dict]:
     """Train until settings.steps, yielding one row of metrics a step, saving into `run`; `stop` ends it early once
     something is put in. Continues where run/state.pt left off if there is one."""
-    optimizer, first = new_optimizer(policy.model), 0
-    if (run / "state.pt").exists():
-        first = load_state(run, policy.model, optimizer)
-    failures = 0
-    for step in range(first, settings.steps):
+    optimizer, failures = new_optimizer(policy.model), 0
+    for step in range(load_state(run, policy.model, optimizer), settings.steps):
         metrics = train_step(policy, problems, optimizer, step, settings)
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -975,7 +978,7 @@ def save_run(run: Path, model, optimizer, step: int) -> None:
     """The adapter as peft writes it, and state.pt for --resume; each file replaces the old one only when complete."""
     temporary = run / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary))
+    model.save_pretrained(str(temporary), save_embedding_layers=False)  # "auto" would ask the hub
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     torch.save({"step": step, "optimizer": optimizer.state_dict(), "weights": weights}, temporary / "state.pt")
     for name in ("adapter_config.json", "adapter_model.safetensors", "state.pt"):
@@ -984,15 +987,17 @@ def save_run(run: Path, model, optimizer, step: int) -> None:
 
 
 def load_state(run: Path, model, optimizer) -> int:
-    """Put model and optimizer back to the saved step, cut the metrics there, and return the step."""
-    state = torch.load(run / "state.pt", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    rows = [row for _, row in read_rows(run / "metrics.jsonl") if row["step"] <= state["step"]]
-    write_jsonl(run / "metrics.jsonl", rows)
+    """Put model and optimizer back to the saved step, if there is one, cut the metrics there, and return the step."""
+    state = torch.load(run / "state.pt", weights_only=True) if (run / "state.pt").exists() else {"step": 0}
+    if state["step"]:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(state["weights"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    if (run / "metrics.jsonl").exists():
+        lines = read_text(run / "metrics.jsonl").splitlines(keepends=True)
+        write_atomically(run / "metrics.jsonl", "".join(lines[:state["step"]]))  # line n is step n
     return state["step"]
 
 
@@ -1085,25 +1090,25 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     if settings.model == "auto":
         real = task != "svamp" or pick_device(settings.device).startswith("cuda")
         names = [DEFAULT_MODEL] * real + [bundled] * (task == "svamp")
+    reason = "No CUDA GPU here"
     for name in names:
         demo = name == bundled and task == "svamp"  # the small model has never seen the words of the real SVAMP
         if demo and settings.model == "auto":
-            why = f"{DEFAULT_MODEL} cannot be loaded" if real else "No CUDA GPU here"
-            console.print(f"{why}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
+            console.print(f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
                           "problems.\nFor the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.",
                           style="yellow", highlight=False)
-        elif not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
-            console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
-            write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, settings.data_dir)
-        train_set, test_set, examples = load_task(*("demo", DATA) if demo else (task, settings.data_dir))
         try:
+            if not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
+                console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
+                write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, settings.data_dir)
+            train_set, test_set, examples = load_task(*("demo", DATA) if demo else (task, settings.data_dir))
             model, tokenizer = load_model(name, settings.device, settings.dtype)
-        except UserError:
+        except UserError as error:
             if name == names[-1]:
                 raise
+            reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
             continue
         settings.model = name
-        settings.lr = getattr(settings, "lr", None) or (3e-3 if name == bundled else 5e-4)  # small models need more
         return Policy(model, tokenizer, choose_prompt(settings.prompt, model, tokenizer), examples), train_set, test_set
 
 
@@ -1182,12 +1187,14 @@ def train_command(
     if settings.group_size < 2:
         raise UserError("--group-size must be at least 2: an advantage compares completions of the same problem.")
     policy, train_set, test_set = find_policy(settings)
+    if settings.lr is None:  # small models need larger steps
+        settings.lr = 3e-3 if settings.model == str(DATA / "demo") else 5e-4
     torch.manual_seed(settings.seed)
     policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
                             settings.lora_layers)
     check_packing(policy.model, policy.tokenizer)
-    check_window(base_of(policy.model).config, settings.max_new_tokens + max(
-        len(policy.prompt_ids(problem.question)) for problem in train_set + test_set))
+    longest = max(train_set + test_set, key=lambda problem: len(problem.question))
+    check_window(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
     if dry_run:
         return show_dry_run(policy, train_set, settings)
     run = resume or new_run(name or f"{task}-{settings.method}", settings)

@@ -328,7 +328,8 @@ def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, m
     monkeypatch.setattr(tokenrl, "pick_device", lambda device: next(devices, "cpu"))
     shutil.copytree(DEMO, "d/svamp")
     code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
-    assert code == 0 and "Qwen/Qwen2-1.5B cannot be loaded, so this is the bundled demo" in text
+    assert code == 0 and "Qwen/Qwen2-1.5B cannot be trained here, so this is the bundled demo" in text
+    assert "neither a local folder nor could it be had from the hub" in text
 
 
 def test_another_task_trains_a_local_model(cli, tmp_path):
