@@ -61,6 +61,7 @@ import typer
 from rich.console import Console
 from rich.console import Group as Stack
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -1183,7 +1184,7 @@ def train_command(
     given = {k: v.value if isinstance(v, Enum) else v for k, v in context.params.items()}
     settings = SimpleNamespace(**{k: v for k, v in given.items() if k not in ("resume", "dry_run", "name")})
     if resume:
-        resume_settings(settings, resume, context)
+        resume_settings(settings, resume, on_command_line(context))
     if settings.group_size < 2:
         raise UserError("--group-size must be at least 2: an advantage compares completions of the same problem.")
     policy, train_set, test_set = find_policy(settings)
@@ -1202,7 +1203,8 @@ def train_command(
     test_set = test_set[:settings.eval_problems or None]
     with catch_signals() as stop:
         base = evaluate_once(policy, test_set, settings, run, "base", stop)
-        show_accuracy("before training", base)
+        console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)",
+                      highlight=False)
         with live_table(settings) as show:
             for metrics in train(policy, train_set, settings, run, stop):
                 show(metrics)
@@ -1217,19 +1219,26 @@ def train_command(
     console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {run}", highlight=False)
 
 
-def resume_settings(settings, run: Path, context) -> None:
-    """Take the run's own settings; an option given now must agree with them."""
-    if not (run / "config.json").exists():
+def saved_settings(run: Path) -> dict:
+    """The settings in a run's config.json; empty if there is none."""
+    path = run / "config.json"
+    saved = json.loads(read_text(path))["settings"] if path.exists() else {}
+    return {key: Path(value) if key == "data_dir" else value for key, value in saved.items()}
+
+
+def resume_settings(settings, run: Path, explicit: set[str]) -> None:
+    """Take the run's own settings; what was given on the command line now must agree with them."""
+    saved = saved_settings(run)
+    if not saved:
         raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
-    saved = json.loads(read_text(run / "config.json"))["settings"]
-    for key in ("data_dir",):
-        saved[key] = Path(saved[key])
-    explicit = [k for k in vars(settings) if context.get_parameter_source(k).name == "COMMANDLINE" and k in saved]
-    differing = [k for k in explicit if vars(settings)[k] != saved[k]]
-    if differing:
+    if differing := [key for key in sorted(explicit & saved.keys()) if vars(settings)[key] != saved[key]]:
         raise UserError("--resume continues a run with its own settings, but these differ: " + ", ".join(
-            f"{k} was {saved[k]}, now {vars(settings)[k]}" for k in differing))
+            f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))
     vars(settings).update(saved)
+
+
+def on_command_line(context: typer.Context) -> set[str]:
+    return {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}
 
 
 def new_run(name: str, settings) -> Path:
@@ -1291,10 +1300,6 @@ def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, 
 
 def accuracy(records: list[dict]) -> float:
     return sum(record["correct"] for record in records) / len(records)
-
-
-def show_accuracy(label: str, records: list[dict]) -> None:
-    console.print(f"{label}: {accuracy(records):.1%} of {len(records)} test problems right (greedy)", highlight=False)
 
 
 def gigabytes(size: float) -> str:
@@ -1422,6 +1427,7 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
 
 @app.command(name="eval")
 def eval_command(
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
     adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
@@ -1434,56 +1440,49 @@ def eval_command(
     seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
-    settings = SimpleNamespace(task=task, model=model, device=device, dtype=dtype, prompt=prompt, seed=seed,
-                               max_new_tokens=max_new_tokens, temperature=temperature, batch_rows=batch_rows,
-                               data_dir=data_dir)
-    adapters = adapter or []
-    if adapters and model == "auto":
-        settings.model = adapter_base(adapters[0])
+    adapters = {str(folder): f"adapter{i}" for i, folder in enumerate(adapter or [])}
+    settings = SimpleNamespace(**context.params)
+    if adapters:  # ask as the first adapter was trained, unless told otherwise
+        own = {"model": adapter_base(adapter[0])} | saved_settings(adapter[0])
+        for key in {"model", "prompt", "max_new_tokens", "temperature"} & own.keys() - on_command_line(context):
+            setattr(settings, key, own[key])
     policy, _, problems = find_policy(settings)
     problems = problems[:limit or None]
-    names = unique_names(adapters)
-    for folder, name in zip(adapters, names):
-        policy.model = load_adapter(policy.model, folder, name)
+    for folder, name in adapters.items():
+        policy.model = load_adapter(policy.model, Path(folder), name)
     results, rows = {}, []
     with bar(len(problems), "evaluating") as progress:
-        task_id = progress.add_task("", total=len(problems) * (1 + len(names)))
-        for name in ["base", *names]:
-            if name != "base":
+        bar_id = progress.add_task("", total=len(problems) * (1 + len(adapters)))
+        for label, name in {"base": "", **adapters}.items():
+            if name:
                 policy.model.set_adapter(name)
-            off = policy.model.disable_adapter() if adapters and name == "base" else contextlib.nullcontext()
-            with off:
-                results[name] = evaluate(policy, problems, settings, samples, lambda n: progress.advance(task_id, n))
-            rows += [{"policy": name, **record} for record in results[name]]
+            with policy.model.disable_adapter() if adapters and not name else contextlib.nullcontext():
+                results[label] = evaluate(policy, problems, settings, samples, lambda n: progress.advance(bar_id, n))
+            rows += [{"policy": label, **record} for record in results[label]]
     if output:
         write_jsonl(output, rows)
     console.print(comparison_table(results, f"{task}, {Path(settings.model).name}"))
-    reached = accuracy(results[(["base"] + names)[-1]])
+    reached = accuracy(list(results.values())[-1])
     if reached < min_accuracy:
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
-
-
-def unique_names(folders: list[Path]) -> list[str]:
-    names = [folder.name.replace(".", "_") or "adapter" for folder in folders]
-    return [name if names.count(name) == 1 and name != "base" else f"{name}-{i + 1}" for i, name in enumerate(names)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of it, not the user's
     try:
         app(arguments)
-    except UserError as error:
-        errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
-    except (MemoryError, RuntimeError, OSError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            errors.print("[bold red]Error:[/] The disk is full; what was saved before is intact. Make room, --resume.")
-            raise SystemExit(1) from None
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except Exception as error:
+        if isinstance(error, UserError):
+            sentence = str(error)
+        elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            sentence = "The disk is full; what was saved before is intact. Make room and --resume."
+        elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            sentence = ("Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
+                        "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.")
+        else:
             raise
-        errors.print("[bold red]Error:[/] Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
-                     "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.", soft_wrap=True)
+        errors.print("[bold red]Error:[/]", escape(sentence), highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
