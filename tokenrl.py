@@ -45,6 +45,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 import urllib.request
 import warnings
@@ -226,12 +227,15 @@ def load_task(task: str, data_dir: Path) -> tuple[list[Problem], list[Problem], 
         raise UserError(
             f"There is no task {task!r} in {data_dir}" + (f" (there are: {', '.join(known)})" if known else "")
             + "; make it with: python tokenrl.py prep " + (task if task in ("svamp", "multiply") else "YOUR_FILE.csv"))
-    examples = folder / "examples.jsonl"
-    worked = [row for _, row in read_rows(examples)] if examples.exists() else []
-    return read_problems(folder / "train.jsonl"), read_problems(folder / "test.jsonl"), worked
+    path = folder / "examples.jsonl"
+    examples = read_rows(path) if path.exists() else []
+    for number, row in examples:
+        if not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
+            raise UserError(f'{path} line {number} lacks a "question" or a worked "answer" as text.')
+    return read_problems(folder / "train.jsonl"), read_problems(folder / "test.jsonl"), [row for _, row in examples]
 
 
-def svamp_problems(source: Optional[Path]) -> tuple[list[Problem], Counter]:
+def svamp_problems(source: Optional[Path]) -> list[Problem]:
     """SVAMP (Patel et al. 2021) from `source`, or downloaded; the published file's checksum is checked either way."""
     if source:
         if not source.is_file():
@@ -253,10 +257,10 @@ def svamp_problems(source: Optional[Path]) -> tuple[list[Problem], Counter]:
         question = (body if body.endswith((".", "?", "!", ",")) else body + ".") + " " + row["Question"].strip()
         problems.append(Problem(question, str(row["Answer"]).removesuffix(".0"),
                                 row["Type"].replace("Divison", "Division")))  # the file misspells one
-    return problems, Counter()
+    return problems
 
 
-def multiply_problems(digits: str, count: int, seed: int) -> tuple[list[Problem], Counter]:
+def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     """Products of random numbers with `digits` ("3", or "2x1") digits; no unordered pair comes twice."""
     match = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
     if not match:
@@ -269,8 +273,7 @@ def multiply_problems(digits: str, count: int, seed: int) -> tuple[list[Problem]
         pairs.setdefault((min(a, b), max(a, b)), (a, b))
         if len(pairs) == count:
             break
-    return [Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}")
-            for a, b in pairs.values()], Counter()
+    return [Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}") for a, b in pairs.values()]
 
 
 def file_problems(path: Path, question: str, answer: str) -> tuple[list[Problem], Counter]:
@@ -1101,7 +1104,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
         try:
             if not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
                 console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
-                write_task("svamp", svamp_problems(None)[0], STORY_EXAMPLES, 0.3, 0, settings.data_dir)
+                write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
             train_set, test_set, examples = load_task(*("demo", DATA) if demo else (task, settings.data_dir))
             model, tokenizer = load_model(name, settings.device, settings.dtype)
         except UserError as error:
@@ -1127,10 +1130,11 @@ def prep(
     data_dir: DataDir = DATA,
 ):
     """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
+    rejected: Counter = Counter()
     if what == "svamp":
-        problems, rejected = svamp_problems(source)
+        problems = svamp_problems(source)
     elif what == "multiply":
-        problems, rejected = multiply_problems(digits, count, seed)
+        problems = multiply_problems(digits, count, seed)
     else:
         problems, rejected = file_problems(Path(what), question, answer)
     name = name or Path(what).stem
@@ -1470,6 +1474,9 @@ def eval_command(
 
 def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of it, not the user's
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a table's lines on a console that cannot show them
     try:
         app(arguments)
     except Exception as error:
@@ -1480,6 +1487,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
             sentence = ("Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
                         "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.")
+        elif isinstance(error, OSError):
+            sentence = str(error)
         else:
             raise
         errors.print("[bold red]Error:[/]", escape(sentence), highlight=False, soft_wrap=True)

@@ -104,8 +104,8 @@ def test_prep_multiply(cli):
 
 
 def test_prep_own_csv_and_jsonl(cli, tmp_path):
-    lines = ["frage,antwort,type", '"Two, and two?",4,sum', "Nothing?,,sum", "A word?,many,sum", '"Two, and two?",4,sum']
-    lines += [f"{i} and {i}?,{2 * i}.0,sum" for i in range(8)]
+    lines = ["frage,antwort,type", '"Two, and two?",4,sum', "Nothing?,,sum", "A word?,many,sum"]
+    lines += ['"Two, and two?",4,sum', *(f"{i} and {i}?,{2 * i}.0,sum" for i in range(8))]
     Path("own.csv").write_text("\n".join(lines), encoding="utf-8-sig")
     code, text = cli("prep", "own.csv", "--question", "frage", "--answer", "antwort", "--data-dir", "d")
     assert code == 0
@@ -171,13 +171,14 @@ def test_train_eval_and_gate(cli):
     assert code == 0 and "pass@2" in text
     assert json.loads(Path("runs/one/config.json").read_text())["settings"]["replay"] == 2
     shutil.copytree("runs/one", "runs/two")
-    code, text = cli("eval", "svamp", "--adapter", "runs/one", "--adapter", "runs/two", "--limit", "8", "--samples", "2",
-                     "--output", "out.jsonl")
+    code, text = cli("eval", "svamp", "--adapter", "runs/one", "--adapter", "runs/two", "--limit", "8",
+                     "--samples", "2", "--output", "out.jsonl")
     assert code == 0 and "runs/one" in text and "runs/two" in text and "pass@2" in text
     answers = rows_of("out.jsonl")
     assert [len([a for a in answers if a["policy"] == name]) for name in ("base", "runs/one", "runs/two")] == [8, 8, 8]
     trained = [a["completion"] for a in rows_of("runs/one/eval.jsonl") if a["phase"] == "trained"]
-    assert trained == [a["completion"] for a in answers if a["policy"] == "runs/one"]  # the saved adapter is the trained one
+    # What was saved is what was trained.
+    assert trained == [a["completion"] for a in answers if a["policy"] == "runs/one"]
     code, text = cli("eval", "svamp", "--limit", "4", "--min-accuracy", "1.0", "--max-new-tokens", "1")
     assert code == 1 and "is below --min-accuracy" in text
 
@@ -191,7 +192,8 @@ def test_runs_never_overwrite_each_other(cli):
 
 def test_dry_run(cli):
     code, text = cli("train", "svamp", *FAST, "--dry-run", "--method", "grpo")
-    assert code == 0 and "peak memory, update" in text and "tokens generated │ 192" in text  # 2 x 4 x 24: none ends early
+    assert code == 0 and "peak memory, update" in text
+    assert "tokens generated │ 192" in text  # 2 x 4 x 24: none ends early
     assert not Path("runs").exists()
 
 
@@ -298,6 +300,19 @@ def test_bad_prepared_data(cli, content, sentence):
     assert code == 1 and sentence in text
 
 
+def test_bad_worked_examples(cli):
+    shutil.copytree(DEMO, "d/mine")
+    Path("d/mine/examples.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n')
+    code, text = cli("train", "mine", "--model", DEMO, "--data-dir", "d")
+    assert code == 1 and "examples.jsonl line 2 lacks" in text
+
+
+def test_a_folder_that_cannot_be_written(cli):
+    Path("runs").write_text("in the way")
+    code, text = cli("train", "svamp", *FAST)
+    assert code == 1 and "Error:" in text and "runs" in text
+
+
 def test_prompt_file_must_hold_the_question(cli):
     Path("p.txt").write_text("Answer me.")
     assert "does not contain {question}" in cli("train", "svamp", "--prompt", "p.txt")[1]
@@ -359,7 +374,8 @@ def test_gguf_without_its_package(cli, monkeypatch):
     assert code == 1 and "pip install gguf" in text
 
 
-CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|turn|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+CHAT = ("{% for m in messages %}<|user|>{{ m.content }}<|turn|>{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}")
 
 
 @pytest.mark.parametrize("template, ends, wanted", [

@@ -12,14 +12,16 @@ import tokenrl
 ANSWERS = [
     # a marked answer comes first
     ("24 - 9 = 15\n#### 15", 15), ("#### 15 apples", 15), ("#### 15\nQuestion: 3 + 4", 15), ("####15", 15),
-    (r"so \boxed{42}", 42), (r"\boxed{-3}", -3), (r"the answer is $\boxed{5}$.", 5), (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
+    (r"so \boxed{42}", 42), (r"\boxed{-3}", -3),
+    (r"the answer is $\boxed{5}$.", 5), (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
     ("The answer is 7. I checked it 2 times.", 7), ("the answer is **5**", 5), ("Final answer: 8, of 10", 8),
     ("The answer is 3. No, the answer is 4.", 4), ("#### 3\n#### 4", 4), ("the answer is:\n12", 12),
     ("#### none, so 6", 6), ("I say #### nothing\n9", 9),
     # else the last number
     ("first 3, then 4", 4), ("10 - 3 = 7", 7), ("12 is not 120", 120), ("no number", None), ("", None),
     # what a number is
-    ("1,234", 1234), ("1234.0", 1234), ("1,234,567.50", Fraction(12345675, 10)), ("$1,200", 1200), ("-$5", -5), ("$-5", -5),
+    ("1,234", 1234), ("1234.0", 1234), ("1,234,567.50", Fraction(12345675, 10)),
+    ("$1,200", 1200), ("-$5", -5), ("$-5", -5),
     ("0.5", Fraction(1, 2)), (".5", Fraction(1, 2)), ("1/2", Fraction(1, 2)), ("2 1/2", Fraction(5, 2)),
     ("= -2", -2), ("3-2", 2), ("(5)-3", 3), ("\u22123", -3), ("4 * -2 = -8", -8), ("50%", 50), ("It is 12.", 12),
     ("10 - 3", 3), ("x2 and y3", None), ("3/0", None), ("9" * 5000, None), ("5 kg", 5), ("5kg", 5), ("007", 7),
@@ -48,7 +50,8 @@ def test_the_parser_never_fails(text):
     assert tokenrl.number_reward(text, text) in (0.0, 1.0)
 
 
-@given(st.integers(-10**9, 10**9), st.sampled_from(["#### {}", "\\boxed{{{}}}", "3 + 4, so the answer is {}.", "it is {}"]))
+@given(st.integers(-10**9, 10**9),
+       st.sampled_from(["#### {}", "\\boxed{{{}}}", "3 + 4, so the answer is {}.", "it is {}"]))
 def test_every_integer_is_read_back(number, form):
     assert tokenrl.extract_number(form.format(number)) == number
     assert tokenrl.extract_number(form.format(f"{number:,}")) == number
@@ -67,8 +70,9 @@ def test_any_bytes_are_read_or_refused_in_a_sentence(tmp_path_factory, raw, suff
 
 
 @given(st.lists(st.fixed_dictionaries({}, optional={
-    "question": st.one_of(st.none(), st.integers(), st.text(max_size=8)),
-    "answer": st.one_of(st.none(), st.floats(), st.integers(), st.text(max_size=5), st.lists(st.integers()))}), max_size=6))
+    "question": st.one_of(st.none(), st.integers(), st.text(max_size=8), st.just("\ud800")),
+    "answer": st.one_of(st.none(), st.floats(), st.integers(), st.text(max_size=5), st.lists(st.integers()))}),
+    max_size=6))
 @settings(max_examples=300, deadline=None)
 def test_any_rows_are_read_or_refused_in_a_sentence(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("fuzz") / "data.jsonl"
@@ -93,7 +97,7 @@ def test_prepared_tasks_are_read_back(tmp_path):
 
 @pytest.mark.parametrize("digits, a_digits, b_digits", [("2", 2, 2), ("3x1", 3, 1), ("1x2", 1, 2)])
 def test_multiplication(digits, a_digits, b_digits):
-    problems, _ = tokenrl.multiply_problems(digits, 30, 0)
+    problems = tokenrl.multiply_problems(digits, 30, 0)
     pairs = set()
     for problem in problems:
         _, _, a, _, b = problem.question.rstrip("?").split()
@@ -101,7 +105,7 @@ def test_multiplication(digits, a_digits, b_digits):
         assert int(a) * int(b) == int(problem.answer)
         pairs.add(frozenset([a, b]))
     assert len(pairs) == len(problems) == 30
-    assert len(tokenrl.multiply_problems("1", 1000, 0)[0]) == 36  # 2..9 by 2..9, each pair once
+    assert len(tokenrl.multiply_problems("1", 1000, 0)) == 36  # 2..9 by 2..9, each pair once
 
 
 def test_every_worked_example_is_right():
