@@ -34,7 +34,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import functools
 import hashlib
 import importlib
 import io
@@ -345,7 +344,16 @@ class Policy:
         return PLAIN_STOP if self.prompt == "plain" else ""
 
     def prompt_ids(self, question: str) -> list[int]:
-        return prompt_ids(self.tokenizer, question, self.prompt, self.examples)
+        """Worked examples cost little: the prompt is computed once for the whole group."""
+        if self.prompt == "chat":
+            turns = [{"role": role, "content": row[key]} for row in self.examples
+                     for role, key in (("user", "question"), ("assistant", "answer"))]
+            turns.append({"role": "user", "content": question})
+            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        if self.prompt == "plain":
+            shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in self.examples)
+            return self.tokenizer.encode(f"{shots}Question: {question}\nAnswer:")
+        return self.tokenizer.encode(self.prompt.replace("{question}", question))
 
     def text(self, completion: list[int]) -> str:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -476,19 +484,6 @@ def choose_prompt(option: str, model, tokenizer) -> str:
     if "{question}" not in template:
         raise UserError(f"The prompt file {option} does not contain {{question}}.")
     return template
-
-
-def prompt_ids(tokenizer, question: str, prompt: str, examples: list[dict]) -> list[int]:
-    """Token ids of the prompt. Worked examples cost little: the prompt is computed once for the whole group."""
-    if prompt == "chat":
-        turns = [{"role": role, "content": row[key]} for row in examples
-                 for role, key in (("user", "question"), ("assistant", "answer"))]
-        turns.append({"role": "user", "content": question})
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    if prompt == "plain":
-        shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples)
-        return tokenizer.encode(f"{shots}Question: {question}\nAnswer:")
-    return tokenizer.encode(prompt.replace("{question}", question))
 
 
 def peak_memory(device: str, reset: bool = False) -> int:
@@ -906,16 +901,13 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
 # 6. Train and evaluate: short loops that call the above
 # ---------------------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    return random.Random(f"{seed}/{epoch}").sample(range(count), count)
-
-
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone so that a resumed
     run sees what the uninterrupted one would have seen."""
-    places = [divmod(i, len(problems)) for i in range(step * count, (step + 1) * count)]
-    return [problems[epoch_order(len(problems), seed, epoch)[place]] for epoch, place in places]
+    size, first = len(problems), step * count
+    epochs = range(first // size, (first + count - 1) // size + 1)
+    order = [i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(size), size)]
+    return [problems[i] for i in order[first % size:][:count]]
 
 
 def learning_rate(step: int, settings) -> float:
@@ -1164,7 +1156,7 @@ def train_command(
     lora_alpha: Annotated[float, option("LoRA's scale; the update is multiplied by alpha / rank.", panel="Model")] = 32,
     lora_targets: Annotated[str, option("Modules that get LoRA, with commas.", panel="Model")] = "q_proj,v_proj",
     lora_layers: Annotated[float, option("Share of the layers, from the last, that get LoRA.", panel="Model",
-                                         min=0.001, max=1)] = 1 / 3,
+                                         min=0.001, max=1, show_default="1/3")] = 1 / 3,
     prompts_per_step: Annotated[int, option("Problems asked per step.", panel="Rollout", min=1)] = 8,
     group_size: Annotated[int, option("Completions sampled per problem (G).", panel="Rollout")] = 8,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
@@ -1181,7 +1173,8 @@ def train_command(
     save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
     eval_problems: Annotated[int, option("Test problems asked before and after; 0 for all.", panel="Run", min=0)] = 0,
     eval_samples: Annotated[int, option("Also draw this many samples of each, for pass@k.", panel="Run", min=0)] = 0,
-    dry_run: Annotated[bool, option("Only take one worst-case step and say what memory it took.", panel="Run")] = False,
+    dry_run: Annotated[bool, option("Only take one worst-case step and say what memory it took.", "--dry-run",
+                                    panel="Run")] = False,
     seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""

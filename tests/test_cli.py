@@ -378,14 +378,24 @@ CHAT = ("{% for m in messages %}<|user|>{{ m.content }}<|turn|>{% endfor %}"
         "{% if add_generation_prompt %}<|user|>{% endif %}")
 
 
-@pytest.mark.parametrize("template, ends, wanted", [
-    (None, [1], "plain"), (CHAT, [1], "plain"), (CHAT, [1, 3], "chat"), (CHAT, 3, "chat")])
-def test_chat_prompt_only_for_models_that_end_their_turn(template, ends, wanted):
-    vocabulary = {"<|pad|>": 0, "<|end|>": 1, "<|user|>": 2, "<|turn|>": 3, "Hi": 4}
+def chat_tokenizer(template):
+    vocabulary = {"<|pad|>": 0, "<|end|>": 1, "<|user|>": 2, "<|turn|>": 3, "Hi": 4, "1+1?": 5, "2": 6, "2+2?": 7}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|pad|>"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|turn|>"])
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_chat_prompt_holds_the_worked_examples_as_turns():
+    policy = tokenrl.Policy(None, chat_tokenizer(CHAT), "chat", [{"question": "1+1?", "answer": "2"}])
+    assert policy.prompt_ids("2+2?") == [2, 5, 3, 2, 6, 3, 2, 7, 3, 2]
+
+
+@pytest.mark.parametrize("template, ends, wanted", [
+    (None, [1], "plain"), (CHAT, [1], "plain"), (CHAT, [1, 3], "chat"), (CHAT, 3, "chat")])
+def test_chat_prompt_only_for_models_that_end_their_turn(template, ends, wanted):
+    tokenizer = chat_tokenizer(template)
     model = random_model("qwen2")
     model.config.eos_token_id = model.generation_config.eos_token_id = ends
     assert tokenrl.choose_prompt("auto", model, tokenizer) == wanted

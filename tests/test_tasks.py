@@ -115,3 +115,13 @@ def test_every_worked_example_is_right():
                 a, sign, b, _, result = re.search(r"(\d+) ([-+*]) (\d+) (=) (\d+)", line).groups()
                 assert {"-": int(a) - int(b), "+": int(a) + int(b), "*": int(a) * int(b)}[sign] == int(result)
         assert tokenrl.extract_number(row["answer"]) is not None
+
+
+@pytest.mark.parametrize("size, count", [(10, 3), (3, 8), (7, 7)])
+def test_every_epoch_asks_every_problem_once_in_a_new_order(size, count):
+    problems = list(range(size))
+    asked = [i for step in range(size * 3) for i in tokenrl.step_problems(problems, step, count, 0)]
+    epochs = [asked[i:i + size] for i in range(0, len(asked) - size + 1, size)]
+    assert all(sorted(epoch) == problems for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert asked[:count] != tokenrl.step_problems(problems, 0, count, 1) or size == 3
