@@ -1198,18 +1198,18 @@ def train_command(
     run = resume or new_run(name or f"{task}-{settings.method}", settings)
     show_start(policy, settings, run, train_set, test_set)
     test_set = test_set[:settings.eval_problems or None]
+    device = str(base_of(policy.model).device)
     with catch_signals() as stop:
         base = evaluate_once(policy, test_set, settings, run, "base", stop)
         console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)",
                       highlight=False)
-        with live_table(settings) as show:
+        with live_table(settings.steps, device) as show:
             for metrics in train(policy, train_set, settings, run, stop):
                 show(metrics)
         if stop:
             console.print(f"Stopped and saved. Continue with: python tokenrl.py train {task} --resume {run}")
             raise typer.Exit(128 + stop[0])
         trained = evaluate_once(policy, test_set, settings, run, "trained", stop)
-    device = str(base_of(policy.model).device)
     rows = [row for _, row in read_rows(run / "metrics.jsonl")]
     console.print(comparison_table({"base": base, "trained": trained}, f"{task}, {settings.method}, {run}"))
     console.print(training_summary(rows, device), highlight=False)
@@ -1275,7 +1275,7 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-def bar(total: int, label: str):
+def bar(label: str):
     """A progress bar with time left; nothing where there is no terminal."""
     return Progress(TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                     TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
@@ -1287,7 +1287,7 @@ def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, 
     old = [row for _, row in read_rows(path)] if path.exists() else []
     if done := [row for row in old if row["phase"] == phase]:
         return done
-    with bar(len(problems), "evaluating") as progress:
+    with bar("evaluating") as progress:
         task = progress.add_task("", total=len(problems))
         records = evaluate(policy, problems, settings, settings.eval_samples, lambda n: progress.advance(task, n), stop)
     records = [{"phase": phase, **record} for record in records]
@@ -1307,31 +1307,34 @@ def memory_name(device: str) -> str:
     return "VRAM" if device.startswith("cuda") else "memory"
 
 
-COLUMNS = [("step", 4, lambda m: f"{m['step']}"), ("reward", 6, lambda m: f"{m['reward']:.3f}"),
-           ("acc", 4, lambda m: f"{m['accuracy']:.0%}"), ("signal", 6, lambda m: f"{m['signal']:.0%}"),
-           ("uniq", 4, lambda m: f"{m['distinct']:.0%}"), ("tokens", 6, lambda m: f"{m['tokens_generated']}"),
-           ("trained", 10, lambda m: f"{m['tokens_trained']} {m['tokens_trained'] / m['tokens_generated']:4.0%}"),
-           ("len", 4, lambda m: f"{m['length']:.0f}"), ("roll s", 6, lambda m: f"{m['rollout_s']:.2f}"),
-           ("upd s", 5, lambda m: f"{m['update_s']:.2f}"),
-           ("GiB", 5, lambda m: f"{m['peak_memory'] / 2**30:.2f}" + ("!" if m["skipped"] else ""))]
+def columns(device: str) -> list[tuple[str, int, Callable[[dict], str]]]:
+    """(title, width, text of a row of metrics) of the training table; together narrower than 80 characters."""
+    return [("step", 4, lambda m: f"{m['step']}"), ("reward", 6, lambda m: f"{m['reward']:.3f}"),
+            ("acc", 4, lambda m: f"{m['accuracy']:.0%}"), ("signal", 6, lambda m: f"{m['signal']:.0%}"),
+            ("uniq", 4, lambda m: f"{m['distinct']:.0%}"), ("tokens", 6, lambda m: f"{m['tokens_generated']}"),
+            ("trained", 10, lambda m: f"{m['tokens_trained']} {m['tokens_trained'] / m['tokens_generated']:4.0%}"),
+            ("len", 4, lambda m: f"{m['length']:.0f}"), ("roll s", 6, lambda m: f"{m['rollout_s']:.2f}"),
+            ("upd s", 5, lambda m: f"{m['update_s']:.2f}"),
+            (memory_name(device), 6, lambda m: f"{m['peak_memory'] / 2**30:.2f}G" + ("!" if m["skipped"] else ""))]
 
 
 @contextlib.contextmanager
-def live_table(settings):
+def live_table(steps: int, device: str):
     """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
     if not console.is_terminal:
-        print(" ".join(f"{name:>{width}}" for name, width, _ in COLUMNS))
-        yield lambda metrics: print(" ".join(f"{text(metrics):>{width}}" for _, width, text in COLUMNS), flush=True)
+        print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)))
+        yield lambda metrics: print(" ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device)),
+                                    flush=True)
         return
-    progress, rows = bar(settings.steps, "training"), []
-    task = progress.add_task("", total=settings.steps)
+    progress, rows = bar("training"), []
+    task = progress.add_task("", total=steps)
 
     def draw():
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-        for name, width, _ in COLUMNS:
-            table.add_column(name, justify="right", min_width=width, no_wrap=True)
+        for title, width, _ in columns(device):
+            table.add_column(title, justify="right", min_width=width, no_wrap=True)
         for metrics in rows[-max(3, console.height - 6):]:
-            table.add_row(*(text(metrics) for _, _, text in COLUMNS), style="red" if metrics["skipped"] else None)
+            table.add_row(*(text(metrics) for *_, text in columns(device)), style="red" if metrics["skipped"] else None)
         return Stack(table, progress)
 
     with Live(draw(), console=console, refresh_per_second=4) as live:
@@ -1448,7 +1451,7 @@ def eval_command(
     for folder, name in adapters.items():
         policy.model = load_adapter(policy.model, Path(folder), name)
     results, rows = {}, []
-    with bar(len(problems), "evaluating") as progress:
+    with bar("evaluating") as progress:
         bar_id = progress.add_task("", total=len(problems) * (1 + len(adapters)))
         for label, name in {"base": "", **adapters}.items():
             if name:

@@ -176,6 +176,18 @@ def make_problem(rng: random.Random, split: str) -> dict:
                 "type": type_, "thought": thought.format(**names), "x": x, "op": op, "y": y}
 
 
+def bundled_problems(rng: random.Random) -> dict[str, list[dict]]:
+    """The problems of train.jsonl and test.jsonl."""
+    files = {}
+    for name, split, count in (("train", "rl", 700), ("test", "test", 300)):
+        problems = {}
+        while len(problems) < count:
+            problem = make_problem(rng, split)
+            problems[problem["question"]] = problem
+        files[name] = list(problems.values())
+    return files
+
+
 def keyword_pupil(text: str) -> tuple[int, str, int]:
     """The operation that the keywords suggest, on the first two numbers."""
     x, y = [int(n) for n in re.findall(r"\d+", text)][:2]
@@ -270,12 +282,8 @@ def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     args.output.mkdir(parents=True, exist_ok=True)
     rng, prompt = random.Random(args.seed), "Question: {question}\nAnswer:"
-    for split, name, count in (("rl", "train", 700), ("test", "test", 300)):
-        problems = {}
-        while len(problems) < count:
-            problem = make_problem(rng, split)
-            problems[problem["question"]] = {k: problem[k] for k in ("question", "answer", "type")}
-        lines = [json.dumps(p) + "\n" for p in problems.values()]
+    for name, problems in bundled_problems(rng).items():
+        lines = [json.dumps({key: p[key] for key in ("question", "answer", "type")}) + "\n" for p in problems]
         (args.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     (args.output / "prompt.txt").write_text(prompt, encoding="utf-8")
     texts = [prompt.format(question=p["question"]) + " " + written_answer(rng, p)

@@ -1,0 +1,47 @@
+"""The bundled problems: made from a seed, and split so that the test is unseen."""
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+DATA = Path(__file__).parent.parent / "data"
+sys.path.insert(0, str(DATA))
+
+import make_demo  # noqa: E402
+
+
+def rows_of(name):
+    return [json.loads(line) for line in (DATA / "demo" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_seed_gives_the_bundled_problems():
+    for name, problems in make_demo.bundled_problems(random.Random(0)).items():
+        assert [{key: p[key] for key in ("question", "answer", "type")} for p in problems] == rows_of(name)
+
+
+def template(question):
+    """The wording of a problem, without names, things and numbers."""
+    boxes = [word for box in make_demo.BOXES for word in box]
+    for words, sign in ((make_demo.NAMES, "N"), (make_demo.OBJECTS, "o"), (boxes, "c")):
+        question = re.sub(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", sign, question)
+    return re.sub(r"\d+", "#", question)
+
+
+def test_splits_share_no_template_and_no_numbers():
+    rng = random.Random(1)
+    seen = {split: [make_demo.make_problem(rng, split) for _ in range(3000)] for split in ("pretrain", "rl", "test")}
+    for kind in (lambda p: template(p["question"]), lambda p: (p["op"], p["x"], p["y"])):
+        kinds = [set(map(kind, problems)) for problems in seen.values()]
+        assert all(len(k) > 30 for k in kinds)
+        assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2]
+
+
+def test_every_bundled_answer_is_right():
+    for name in ("train", "test"):
+        for row in rows_of(name):
+            numbers = [int(n) for n in re.findall(r"\d+", row["question"])]
+            pairs = [(x, y) for x in numbers for y in numbers]
+            ways = {"Addition": [x + y for x, y in pairs], "Subtraction": [x - y for x, y in pairs],
+                    "Multiplication": [x * y for x, y in pairs], "Division": [x // y for x, y in pairs if x % y == 0]}
+            assert int(row["answer"]) in ways[row["type"]]
