@@ -359,6 +359,16 @@ class Policy:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
         return text.split(self.stop)[0] if self.stop else text
 
+    def finished(self, completion: list[int]) -> bool:
+        """Whether the completion ended by itself; else it was cut off at max_new_tokens."""
+        return (completion[-1] in end_tokens(self.model, self.tokenizer)
+                or bool(self.stop) and self.stop in self.tokenizer.decode(completion))
+
+    def reward(self, problem: Problem, completion: list[int]) -> float:
+        """number_reward, but nothing for a completion that was cut off: or nothing would teach the model to stop, and
+        completions drift to the limit."""
+        return number_reward(self.text(completion), problem.answer) if self.finished(completion) else 0.0
+
 
 def pick_device(device: str) -> str:
     if device != "auto":
@@ -625,7 +635,7 @@ def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]],
                     rows=settings.batch_rows)
     rollouts = []
     for problem, prefix, prompt, completions in zip(problems, prefixes, prompts, groups):
-        rewards = [number_reward(policy.text(prefix + completion), problem.answer) for completion in completions]
+        rewards = [policy.reward(problem, prefix + completion) for completion in completions]
         rollouts.append(Rollout(problem, prompt, completions, rewards))
     return rollouts
 
@@ -928,7 +938,7 @@ def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, se
     replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32))
     middle = time.perf_counter()
     updated = update(policy, rollouts + replays, optimizer, learning_rate(step, settings), settings, rng)
-    ends, completions = end_tokens(policy.model, policy.tokenizer), [c for r in rollouts for c in r.completions]
+    completions = [c for r in rollouts for c in r.completions]
     rewards = [reward for r in rollouts for reward in r.rewards]
     share = lambda values: sum(values) / max(1, len(values))  # noqa: E731
     return {
@@ -937,13 +947,9 @@ def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, se
         "distinct": share([len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts]),
         "tokens_generated": sum(len(c) for r in rollouts + replays for c in r.completions), **updated,
         "length": share([len(c) for c in completions]),
-        "truncated": share([not is_finished(policy, c, ends) for c in completions]),
+        "truncated": share([not policy.finished(c) for c in completions]),
         "lr": learning_rate(step, settings), "rollout_s": middle - start, "update_s": time.perf_counter() - middle,
         "peak_memory": peak_memory(device)}
-
-
-def is_finished(policy: Policy, completion: list[int], ends: set[int]) -> bool:
-    return completion[-1] in ends or bool(policy.stop) and policy.stop in policy.tokenizer.decode(completion)
 
 
 def new_optimizer(model):
@@ -1001,7 +1007,7 @@ def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0
              advance: Callable[[int], None] = lambda n: None, stop: list = ()) -> list[dict]:
     """One record per problem: the greedy completion and whether it is right, and with `samples` > 0 how many of that
     many samples at settings.temperature are right."""
-    records, ends = [], end_tokens(policy.model, policy.tokenizer)
+    records: list[dict] = []
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))
     width = max(1, settings.batch_rows // max(1, samples))
     for start in range(0, len(order), width):
@@ -1013,12 +1019,11 @@ def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0
         sampled = [[]] * len(chunk) if not samples else sample(
             policy.model, policy.tokenizer, prompts, samples, temperature=settings.temperature, **common)
         for i, problem, [completion], group in zip(order[start:], chunk, greedy, sampled):
-            text = policy.text(completion)
             records.append({
-                "index": i, **asdict(problem), "completion": text, "correct": number_reward(text, problem.answer) == 1,
-                "length": len(completion), "truncated": not is_finished(policy, completion, ends),
-                "samples": len(group), "samples_correct": sum(number_reward(policy.text(c), problem.answer) == 1
-                                                              for c in group)})
+                "index": i, **asdict(problem), "completion": policy.text(completion),
+                "correct": policy.reward(problem, completion) == 1, "length": len(completion),
+                "truncated": not policy.finished(completion), "samples": len(group),
+                "samples_correct": sum(policy.reward(problem, c) == 1 for c in group)})
         advance(len(chunk))
         if stop:
             raise KeyboardInterrupt

@@ -387,6 +387,13 @@ def chat_tokenizer(template):
     return tokenizer
 
 
+def test_a_completion_that_was_cut_off_earns_nothing():
+    policy = tokenrl.Policy(random_model("qwen2"), chat_tokenizer(None), "{question}")
+    problem = tokenrl.Problem("1+1?", "2")
+    assert policy.reward(problem, [6, 1]) == 1.0 and policy.reward(problem, [6]) == 0.0
+    assert policy.reward(problem, [5, 1]) == 0.0
+
+
 def test_chat_prompt_holds_the_worked_examples_as_turns():
     policy = tokenrl.Policy(None, chat_tokenizer(CHAT), "chat", [{"question": "1+1?", "answer": "2"}])
     assert policy.prompt_ids("2+2?") == [2, 5, 3, 2, 6, 3, 2, 7, 3, 2]
