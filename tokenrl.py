@@ -1103,6 +1103,8 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
                 console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
                 write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
             train_set, test_set, examples = load_task(*("demo", DATA) if demo else (task, settings.data_dir))
+            if not demo:
+                console.print(f"Loading {name} ...", highlight=False)
             model, tokenizer = load_model(name, settings.device, settings.dtype)
         except UserError as error:
             if name == names[-1]:
