@@ -830,7 +830,8 @@ def check_packing(model, tokenizer) -> None:
                                 f"(log-probs differ by {gap:.3g}); use a plain decoder such as Qwen2, Llama or Gemma.")
 
 
-def step_trie(rollouts: list[Rollout], weights: list[dict[int, float]]) -> tuple[list[int], Trie, dict[int, float]]:
+def step_trie(rollouts: list[Rollout], tries: list[Trie],
+              weights: list[dict[int, float]]) -> tuple[list[int], Trie, dict[int, float]]:
     """All groups of a step as one trie: what their prompts share (token ids), the trie of the rest of each prompt and
     its completions, and the weight of its nodes, given each group's weights on the trie of its completions alone."""
     prompts = [rollout.prompt for rollout in rollouts]
@@ -838,9 +839,9 @@ def step_trie(rollouts: list[Rollout], weights: list[dict[int, float]]) -> tuple
     joint = Trie([r.prompt[len(shared):] + completion for r in rollouts for completion in r.completions])
     total: dict[int, float] = defaultdict(float)  # a replay can meet the nodes of the group that it came from
     paths = iter(joint.paths)
-    for rollout, own in zip(rollouts, weights):
+    for rollout, trie, own in zip(rollouts, tries, weights):
         nodes = {}
-        for path in Trie(rollout.completions).paths:
+        for path in trie.paths:
             nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared):]))
         for node, weight in own.items():
             total[nodes[node]] += weight
@@ -883,13 +884,13 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
     """
     params = [p for p in policy.model.parameters() if p.requires_grad]
     credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
-    for rollout in rollouts:
-        if rollout.has_signal and (weights := credit_weights(
-                settings.method, Trie(rollout.completions), rollout.rewards, settings, rng)):
-            credited[rollout.prompt[0]].append((rollout, weights))
-    loss_sum, trained = 0.0, sum(len(weights) for pairs in credited.values() for _, weights in pairs)
-    for pairs in credited.values():
-        prompt, trie, weights = step_trie(*zip(*pairs))
+    for rollout in filter(lambda rollout: rollout.has_signal, rollouts):
+        trie = Trie(rollout.completions)
+        if weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng):
+            credited[rollout.prompt[0]].append((rollout, trie, weights))
+    loss_sum, trained = 0.0, sum(len(weights) for groups in credited.values() for *_, weights in groups)
+    for groups in credited.values():
+        prompt, trie, weights = step_trie(*zip(*groups))
         for nodes in split_nodes(trie, list(weights), settings.max_pack_tokens):
             part = {n: weights[n] / len(rollouts) for n in nodes}
             loss = pack_loss(policy, prompt, trie, part, settings.beta / trained, settings)
