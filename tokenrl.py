@@ -42,6 +42,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -53,6 +54,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from fractions import Fraction
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Optional
@@ -64,6 +67,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class _Lazy:
@@ -158,6 +162,51 @@ def number_reward(text: str, answer: str) -> float:
     return float(found is not None and found == next(_numbers(str(answer)), None))
 
 
+def exact_reward(text: str, answer: str) -> float:
+    """1.0 if the final answer of `text` is the text `answer`, else 0.0. The final answer is the rest of the line after
+    the last mark (see extract_number), or the last line; capitals and a closing full stop do not count."""
+    marks = list(_MARK.finditer(text))
+    lines = text[marks[-1].end():].lstrip().split("\n") if marks else text.strip().split("\n")[-1:]
+    found, wanted = (t.strip().rstrip("}.").strip().casefold() for t in (lines[0], answer))
+    return float(found == wanted)
+
+
+def reward_function(option: str) -> Callable[[str, str], float]:
+    """(text of a completion, reference answer) -> reward in [0, 1], as --reward and --metric name it: number, exact,
+    regex:PATTERN ({answer} in it stands for the reference) or FILE.py:function."""
+    if option in (named := {"number": number_reward, "exact": exact_reward}):
+        return named[option]
+    if option.startswith("regex:"):
+        pattern = option.removeprefix("regex:")
+        try:
+            re.compile(pattern.replace("{answer}", ""))
+        except re.error as error:
+            raise UserError(f"{option!r} is not a regular expression: {error}.") from None
+        return lambda text, answer: float(bool(re.search(pattern.replace("{answer}", re.escape(answer)), text)))
+    path, _, name = option.rpartition(":")
+    if not path.endswith(".py"):
+        raise UserError(f"{option!r} is not a reward; use number, exact, regex:PATTERN or FILE.py:function.")
+    read_text(Path(path))
+    try:
+        function = runpy.run_path(path)[name]
+    except KeyError:
+        raise UserError(f"{path} defines no function {name!r}.") from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
+
+    def checked(text: str, answer: str) -> float:
+        try:
+            value = function(text, answer)
+        except Exception as error:
+            raise UserError(f"{option} raised {type(error).__name__} ({first_line(error)}) on the completion {text!r} "
+                            f"with the reference answer {answer!r}.") from None
+        if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise UserError(f"{option} returned {value!r}, which is not a number from 0 to 1, on the completion "
+                            f"{text!r} with the reference answer {answer!r}.")
+        return float(value)
+    return checked
+
+
 def is_number(text: str) -> bool:
     match = _NUMBER.fullmatch(text)
     return bool(match) and next(_numbers(text), None) is not None
@@ -196,20 +245,20 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def to_problem(row: dict, question: str = "question", answer: str = "answer") -> Problem | str:
-    """The problem in a row, or the reason why there is none."""
+def to_problem(row: dict, question: str, answer: str, numeric: bool) -> Problem | str:
+    """The problem in a row, or the reason why there is none; `numeric`: the answer must be a number."""
     asked, wanted, kind = ("" if row.get(key) is None else str(row[key]).encode(errors="replace").decode().strip()
                            for key in (question, answer, "type"))
     if not asked or not wanted:
         return "no question" if not asked else "no answer"
-    return Problem(asked, wanted, kind) if is_number(wanted) else "the answer is not a number"
+    return Problem(asked, wanted, kind) if is_number(wanted) or not numeric else "the answer is not a number"
 
 
-def read_problems(path: Path) -> list[Problem]:
+def read_problems(path: Path, numeric: bool) -> list[Problem]:
     """The problems of a file that `prep` wrote. Errors name the line."""
     problems = []
     for number, row in read_rows(path):
-        problem = to_problem(row)
+        problem = to_problem(row, "question", "answer", numeric)
         if isinstance(problem, str):
             raise UserError(f"{path} line {number}: {problem}.")
         problems.append(problem)
@@ -218,8 +267,8 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def load_task(task: str, data_dir: Path) -> tuple[list[Problem], list[Problem], list[dict]]:
-    """(train problems, test problems, worked examples) of a prepared task."""
+def load_task(task: str, data_dir: Path, numeric: bool = True) -> tuple[list[Problem], list[Problem], list[dict]]:
+    """(train problems, test problems, worked examples) of a prepared task; `numeric`: all answers must be numbers."""
     folder = data_dir / task
     if not (folder / "train.jsonl").exists():
         known = sorted(p.parent.name for p in data_dir.glob("*/train.jsonl") if p.parent.name != "demo")
@@ -231,7 +280,8 @@ def load_task(task: str, data_dir: Path) -> tuple[list[Problem], list[Problem], 
     for number, row in examples:
         if not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
             raise UserError(f'{path} line {number} lacks a "question" or a worked "answer" as text.')
-    return read_problems(folder / "train.jsonl"), read_problems(folder / "test.jsonl"), [row for _, row in examples]
+    train_set, test_set = (read_problems(folder / f"{split}.jsonl", numeric) for split in ("train", "test"))
+    return train_set, test_set, [row for _, row in examples]
 
 
 def svamp_problems(source: Optional[Path]) -> list[Problem]:
@@ -275,7 +325,7 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     return [Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}") for a, b in pairs.values()]
 
 
-def file_problems(path: Path, question: str, answer: str) -> tuple[list[Problem], Counter]:
+def file_problems(path: Path, question: str, answer: str, numeric: bool) -> tuple[list[Problem], Counter]:
     """Problems of a CSV or JSONL file, and why rows were rejected."""
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"{path} is neither svamp nor multiply nor a .csv or .jsonl file.")
@@ -289,7 +339,7 @@ def file_problems(path: Path, question: str, answer: str) -> tuple[list[Problem]
                             f"name yours with {option}.")
     problems, rejected = {}, Counter()
     for _, row in rows:
-        problem = to_problem(row, question, answer)
+        problem = to_problem(row, question, answer, numeric)
         if isinstance(problem, str):
             rejected[problem] += 1
         elif problem.question in problems:
@@ -338,6 +388,8 @@ class Policy:
     tokenizer: object
     prompt: str  # "chat", "plain", or a text with {question} in it
     examples: list[dict] = field(default_factory=list)
+    score: Callable[[str, str], float] = number_reward  # (text, reference answer) -> reward in [0, 1]
+    metric: Callable[[str, str], float] | None = None  # a KPI beside the reward, for evaluation only
 
     @property
     def stop(self) -> str:
@@ -365,9 +417,9 @@ class Policy:
                 or bool(self.stop) and self.stop in self.tokenizer.decode(completion))
 
     def reward(self, problem: Problem, completion: list[int]) -> float:
-        """number_reward, but nothing for a completion that was cut off: or nothing would teach the model to stop, and
+        """The score, but nothing for a completion that was cut off: or nothing would teach the model to stop, and
         completions drift to the limit."""
-        return number_reward(self.text(completion), problem.answer) if self.finished(completion) else 0.0
+        return self.score(self.text(completion), problem.answer) if self.finished(completion) else 0.0
 
 
 def pick_device(device: str) -> str:
@@ -396,24 +448,36 @@ def pick_dtype(dtype: str, device: str, stored) -> object:
     return torch.bfloat16 if fast else torch.float32
 
 
+def source_of(name: str) -> tuple[str, dict]:
+    """(what to give to from_pretrained, its options) for a model's name."""
+    if Path(name).suffix != ".gguf":
+        return name, {}
+    try:
+        importlib.import_module("gguf")
+    except ImportError:
+        raise UserError("Reading a .gguf file needs one more package: pip install gguf") from None
+    return str(Path(name).parent), {"gguf_file": Path(name).name}
+
+
+def stored_dtype(name: str):
+    """The dtype that a checkpoint is stored in; that of quantised weights once they are unpacked is bfloat16."""
+    name, options = source_of(name)
+    if options:
+        return torch.bfloat16
+    return getattr(transformers.AutoConfig.from_pretrained(name), "dtype", None) or torch.float32
+
+
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     """(model, tokenizer) of a hub id, a local folder, or a .gguf file (needs the `gguf` package)."""
-    path, options = Path(name), {}
-    if path.suffix == ".gguf":
-        try:
-            importlib.import_module("gguf")
-        except ImportError:
-            raise UserError("Reading a .gguf file needs one more package: pip install gguf") from None
-        name, options = str(path.parent), {"gguf_file": path.name}
+    path, (name, options) = Path(name), source_of(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        config = transformers.AutoConfig.from_pretrained(name, **options)
         device = pick_device(device)
+        kind = pick_dtype(dtype, device, stored_dtype(str(path)))
         if options:  # LoRA needs plain weights
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        kind = pick_dtype(dtype, device, torch.bfloat16 if options else getattr(config, "dtype", None))
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=kind, **options).to(device)
     except (OSError, ValueError, KeyError) as error:
         if not path.exists() and not Path(name).exists():
@@ -429,16 +493,26 @@ def base_of(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
+def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, checkpointing: bool = False):
     """LoRA on `targets` of the last `layer_share` of the layers; the layers below store no activations."""
     layers = base_of(model).config.get_text_config().num_hidden_layers
     first = layers - max(1, round(layers * layer_share))
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM",
                              layers_to_transform=list(range(first, layers)))
     try:
-        return peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
+    if checkpointing:
+        checkpoint_layers(model, first)
+    return model
+
+
+def checkpoint_layers(model, first: int) -> None:
+    """Keep only the inputs of the layers from `first` on, and compute the rest again in the backward pass: less memory
+    for more time, with the same gradient. The layers below store nothing anyway."""
+    for layer in base_of(model).get_decoder().layers[first:]:
+        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
 
 
 def adapter_base(folder: Path) -> str:
@@ -463,11 +537,11 @@ def load_adapter(model, folder: Path, name: str):
         raise UserError(f"The adapter in {folder} does not fit {given}: {first_line(error)}") from None
 
 
-def end_tokens(model, tokenizer) -> set[int]:
+def end_tokens(model, tokenizer=None) -> set[int]:
     """Every end token that the generation config, the config or the tokenizer knows: they do not always agree."""
     base, found = base_of(model), set()
     for value in (getattr(base, "generation_config", None) and base.generation_config.eos_token_id,
-                  base.config.eos_token_id, tokenizer.eos_token_id):
+                  base.config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return found
 
@@ -484,8 +558,7 @@ def choose_prompt(option: str, model, tokenizer) -> str:
             return "plain"
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
         ids = tokenizer.apply_chat_template(turn, tokenize=True, return_dict=False)
-        ends = end_tokens(model, SimpleNamespace(eos_token_id=None))
-        return "chat" if ends & set(ids[-3:]) else "plain"
+        return "chat" if end_tokens(model) & set(ids[-3:]) else "plain"
     if option == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; use --prompt plain, or a template file.")
     if option in ("chat", "plain"):
@@ -710,14 +783,19 @@ def s_grpo_weights(trie: Trie, rewards: list[float], alpha: int, p: float, rng: 
     return _spread(rewards, [[n for n in path if trie.depths[n] < alpha or rng.random() < p] for path in trie.paths])
 
 
-def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
-    """T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, where A(v|p) is the mean reward of the
-    completions through prefix p and token v, minus that of all completions through p. Only branch points get any."""
+def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
+    """{node: rewards of the completions through it}; -1 is the prompt, which all of them go through."""
     through: dict[int, list[float]] = defaultdict(list)
     for path, reward in zip(trie.paths, rewards):
         for node in [-1, *path]:
             through[node].append(reward)
-    mean = {node: sum(rs) / len(rs) for node, rs in through.items()}
+    return through
+
+
+def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
+    """T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, where A(v|p) is the mean reward of the
+    completions through prefix p and token v, minus that of all completions through p. Only branch points get any."""
+    mean = {node: sum(passing) / len(passing) for node, passing in rewards_through(trie, rewards).items()}
     credit = {n: mean[n] - mean[parent] for n, parent in enumerate(trie.parents) if abs(mean[n] - mean[parent]) > 1e-9}
     return {node: value / len(credit) for node, value in credit.items()}
 
@@ -878,9 +956,8 @@ def pack_loss(policy: Policy, prompt: list[int], trie: Trie, weights: dict[int, 
 
 
 def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settings, rng: random.Random) -> dict:
-    """One optimizer step on the mean loss of all groups; groups without signal cost nothing. Returns what was trained.
-
-    A step with a non-finite gradient is skipped and reported, and the adapter stays as it was.
+    """One optimizer step on the mean loss of all groups of all processes; groups without signal cost nothing. Returns
+    what was trained here. A step with a non-finite gradient is skipped and reported, and the adapter stays as it was.
     """
     params = [p for p in policy.model.parameters() if p.requires_grad]
     credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
@@ -888,14 +965,16 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
         trie = Trie(rollout.completions)
         if weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng):
             credited[rollout.prompt[0]].append((rollout, trie, weights))
-    loss_sum, trained = 0.0, sum(len(weights) for groups in credited.values() for *_, weights in groups)
+    loss_sum, own = 0.0, sum(len(weights) for groups in credited.values() for *_, weights in groups)
+    group_count, trained = map(sum, zip(*gather((len(rollouts), own))))
     for groups in credited.values():
         prompt, trie, weights = step_trie(*zip(*groups))
         for nodes in split_nodes(trie, list(weights), settings.max_pack_tokens):
-            part = {n: weights[n] / len(rollouts) for n in nodes}
+            part = {n: weights[n] / group_count for n in nodes}
             loss = pack_loss(policy, prompt, trie, part, settings.beta / trained, settings)
             loss.backward()
             loss_sum += loss.item()
+    add_gradients(params)
     if trained and settings.l2:
         (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
     norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], settings.max_grad_norm))
@@ -905,7 +984,34 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"tokens_trained": trained, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+    return {"tokens_trained": own, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, number of processes): (0, 1) unless started by torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def main_process() -> bool:
+    """Whether this is the process that shows and saves."""
+    return processes()[0] == 0
+
+
+def gather(value) -> list:
+    """The values of all processes, in order."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def add_gradients(params) -> None:
+    """Give every process the sum of all processes' gradients: their losses are parts of one sum."""
+    if processes()[1] > 1:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        torch.distributed.all_reduce(flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = grad.view_as(p)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -929,28 +1035,39 @@ def learning_rate(step: int, settings) -> float:
 
 
 def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, settings) -> dict:
-    """Rollout, credit, update; returns one row of metrics."""
-    device, rng = str(base_of(policy.model).device), random.Random(f"{settings.seed}/{step}")
+    """Rollout, credit, update; returns one row of metrics. Each of several processes takes its share of the problems
+    and replays."""
+    rank, world = processes()
+    device, rng = str(base_of(policy.model).device), random.Random(f"{settings.seed}/{step}" + f"/{rank}" * (world > 1))
     peak_memory(device, reset=True)
     start = time.perf_counter()
-    asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)
+    asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)[rank::world]
     rollouts = roll_out(policy, asked, [[]] * len(asked), settings, seed=rng.getrandbits(32))
-    points = replay_points(rollouts, settings.replay, settings.max_new_tokens, rng)
+    points = replay_points(rollouts, len(range(rank, settings.replay, world)), settings.max_new_tokens, rng)
     replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32))
     middle = time.perf_counter()
     updated = update(policy, rollouts + replays, optimizer, learning_rate(step, settings), settings, rng)
-    completions = [c for r in rollouts for c in r.completions]
-    rewards = [reward for r in rollouts for reward in r.rewards]
-    share = lambda values: sum(values) / max(1, len(values))  # noqa: E731
-    return {
-        "step": step + 1, "reward": share(rewards), "accuracy": share([reward == 1 for reward in rewards]),
-        "signal": share([r.has_signal for r in rollouts + replays]),
-        "distinct": share([len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts]),
-        "tokens_generated": sum(len(c) for r in rollouts + replays for c in r.completions), **updated,
-        "length": share([len(c) for c in completions]),
-        "truncated": share([not policy.finished(c) for c in completions]),
-        "lr": learning_rate(step, settings), "rollout_s": middle - start, "update_s": time.perf_counter() - middle,
-        "peak_memory": peak_memory(device)}
+    every = rollouts + replays
+    facts = {  # lists, of which the row shows the mean over all processes
+        "reward": [reward for r in rollouts for reward in r.rewards],
+        "signal": [r.has_signal for r in every],
+        "distinct": [len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts],
+        "length": [len(c) for r in rollouts for c in r.completions],
+        "truncated": [not policy.finished(c) for r in rollouts for c in r.completions],
+        "tokens_generated": sum(len(c) for r in every for c in r.completions), **updated,
+        "rollout_s": middle - start, "update_s": time.perf_counter() - middle, "peak_memory": peak_memory(device)}
+    return metrics_row(step, learning_rate(step, settings), gather(facts))
+
+
+def metrics_row(step: int, lr: float, facts: list[dict]) -> dict:
+    """One row of metrics from the facts of all processes: means of the lists, sums of the tokens and losses, and of
+    time and memory the most that a process took."""
+    joined = {key: [fact[key] for fact in facts] for key in facts[0]}
+    lists = {key: sum(values, []) for key, values in joined.items() if isinstance(values[0], list)}
+    lists["accuracy"] = [reward == 1 for reward in lists["reward"]]
+    return {"step": step + 1, "lr": lr, **{key: sum(values) / max(1, len(values)) for key, values in lists.items()},
+            **{key: sum(joined[key]) for key in ("tokens_generated", "tokens_trained", "loss")},
+            **{key: max(joined[key]) for key in ("grad_norm", "skipped", "rollout_s", "update_s", "peak_memory")}}
 
 
 def new_optimizer(model):
@@ -963,17 +1080,18 @@ def train(policy: Policy, problems: list[Problem], settings, run: Path, stop: li
     optimizer, failures = new_optimizer(policy.model), 0
     for step in range(load_state(run, policy.model, optimizer), settings.steps):
         metrics = train_step(policy, problems, optimizer, step, settings)
-        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        yield metrics
+        stopping = any(gather(bool(stop)))  # all processes leave after the same step
         failures = failures + 1 if metrics["skipped"] else 0
+        if main_process():
+            with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopping or failures == 3:
+                save_run(run, policy.model, optimizer, step + 1)
+        yield metrics
         if failures == 3:
-            save_run(run, policy.model, optimizer, step + 1)
             raise UserError("Three steps in a row had a non-finite loss or gradient; the last good adapter is kept in "
                             f"{run}. Lower --lr, or use --dtype float32.")
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop:
-            save_run(run, policy.model, optimizer, step + 1)
-        if stop:
+        if stopping:
             return
 
 
@@ -998,7 +1116,7 @@ def load_state(run: Path, model, optimizer) -> int:
                 if parameter.requires_grad:
                     parameter.copy_(state["weights"][name])
         optimizer.load_state_dict(state["optimizer"])
-    if (run / "metrics.jsonl").exists():
+    if main_process() and (run / "metrics.jsonl").exists():
         lines = read_text(run / "metrics.jsonl").splitlines(keepends=True)
         write_atomically(run / "metrics.jsonl", "".join(lines[:state["step"]]))  # line n is step n
     return state["step"]
@@ -1007,9 +1125,10 @@ def load_state(run: Path, model, optimizer) -> int:
 def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0,
              advance: Callable[[int], None] = lambda n: None, stop: list = ()) -> list[dict]:
     """One record per problem: the greedy completion and whether it is right, and with `samples` > 0 how many of that
-    many samples at settings.temperature are right."""
+    many samples at settings.temperature are right. Several processes share the problems."""
     records: list[dict] = []
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))
+    rank, world = processes()
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))[rank::world]
     width = max(1, settings.batch_rows // max(1, samples))
     for start in range(0, len(order), width):
         chunk = [problems[i] for i in order[start:start + width]]
@@ -1024,11 +1143,12 @@ def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0
                 "index": i, **asdict(problem), "completion": policy.text(completion),
                 "correct": policy.reward(problem, completion) == 1, "length": len(completion),
                 "truncated": not policy.finished(completion), "samples": len(group),
-                "samples_correct": sum(policy.reward(problem, c) == 1 for c in group)})
-        advance(len(chunk))
+                "samples_correct": sum(policy.reward(problem, c) == 1 for c in group),
+                **({"metric": policy.metric(policy.text(completion), problem.answer)} if policy.metric else {})})
+        advance(len(chunk) * world)
         if stop:
             raise KeyboardInterrupt
-    return sorted(records, key=lambda record: record["index"])
+    return sorted(sum(gather(records), []), key=lambda record: record["index"])
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -1068,6 +1188,9 @@ class Method(str, Enum):
     grpo = "grpo"
 
 
+Shown = Enum("Shown", {method.name: method.value for method in Method} | {"all": "all"}, type=str)
+
+
 def option(help: str, *names: str, panel: str, **limits):
     return typer.Option(*names, help=help, rich_help_panel=panel, **{"show_default": True} | limits)
 
@@ -1083,11 +1206,18 @@ MaxNewTokens = Annotated[int, option("Longest completion, in tokens.", panel="Ro
 BatchRows = Annotated[int, option("Completions decoded at a time; lower it when memory runs out.", panel="Rollout",
                                   min=1)]
 Temperature = Annotated[float, option("Samples come from softmax(logits / temperature).", panel="Rollout", min=0.01)]
+Reward = Annotated[str, option("number, exact (as text), regex:PATTERN with {answer} in it, or FILE.py:function, which "
+                               "is given completion and answer.", panel="Data")]
+Metric = Annotated[str, option("A KPI to report beside the reward when evaluating; same forms.", panel="Data")]
+GroupSize = Annotated[int, option("Completions sampled per problem (G).", panel="Rollout")]
+Alpha = Annotated[int, option("s-grpo: the first ALPHA tokens are always trained ...", panel="Credit", min=0)]
+P = Annotated[float, option("... and each later one with this probability.", panel="Credit", min=0, max=1)]
 Seed = Annotated[int, option("Fixes the order of problems, the samples and the adapter's start.", panel="Run")]
 
 
 def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
+    score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
     bundled, task, names = str(DATA / "demo"), settings.task, [settings.model]
     if settings.model == "auto":
         real = task != "svamp" or pick_device(settings.device).startswith("cuda")
@@ -1103,7 +1233,8 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             if not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
                 console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
                 write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
-            train_set, test_set, examples = load_task(*("demo", DATA) if demo else (task, settings.data_dir))
+            where = ("demo", DATA) if demo else (task, settings.data_dir)
+            train_set, test_set, examples = load_task(*where, numeric=settings.reward == "number")
             if not demo:
                 console.print(f"Loading {name} ...", highlight=False)
             model, tokenizer = load_model(name, settings.device, settings.dtype)
@@ -1113,7 +1244,8 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
             continue
         settings.model = name
-        return Policy(model, tokenizer, choose_prompt(settings.prompt, model, tokenizer), examples), train_set, test_set
+        form = choose_prompt(settings.prompt, model, tokenizer)
+        return Policy(model, tokenizer, form, examples, score, metric or None), train_set, test_set
 
 
 @app.command()
@@ -1124,6 +1256,7 @@ def prep(
     count: Annotated[int, option("multiply: how many problems.", panel="Data", min=2)] = 1000,
     question: Annotated[str, option("FILE: column that holds the question.", panel="Data")] = "question",
     answer: Annotated[str, option("FILE: column that holds the answer.", panel="Data")] = "answer",
+    reward: Reward = "number",
     name: Annotated[str, option("Name of the task.", panel="Data", show_default="svamp, multiply, or the file's")] = "",
     test_share: Annotated[float, option("Share held out for the test.", panel="Data", min=0.01, max=0.99)] = 0.3,
     seed: Annotated[int, option("Fixes the split and the generated problems.", panel="Data")] = 0,
@@ -1136,7 +1269,7 @@ def prep(
     elif what == "multiply":
         problems = multiply_problems(digits, count, seed)
     else:
-        problems, rejected = file_problems(Path(what), question, answer)
+        problems, rejected = file_problems(Path(what), question, answer, reward == "number")
     name = name or Path(what).stem
     if not re.fullmatch(r"[\w.-]+", name) or name == "demo":
         raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
@@ -1146,7 +1279,8 @@ def prep(
         ("read", f"{len(problems) + sum(rejected.values()):,}"),
         ("train", f"{train_size:,}"), ("test", f"{test_size:,}"),
         *((f"rejected: {reason}", f"{number:,}") for reason, number in rejected.items())]))
-    console.print(f"Next: python tokenrl.py train {name}", highlight=False)
+    more = "" if reward == "number" else f" --reward {reward}"
+    console.print(f"Next: python tokenrl.py train {name}{more}", highlight=False)
 
 
 @app.command(name="train")
@@ -1154,8 +1288,7 @@ def train_command(
     context: typer.Context,
     task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
     method: Annotated[Method, option("Which tokens are trained, with what credit.", panel="Credit")] = Method.s_grpo,
-    alpha: Annotated[int, option("s-grpo: the first ALPHA tokens are always trained ...", panel="Credit", min=0)] = 4,
-    p: Annotated[float, option("... and each later one with this probability.", panel="Credit", min=0, max=1)] = 0.3,
+    alpha: Alpha = 4, p: P = 0.3,
     on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
                                     panel="Credit")] = True,
     replay: Annotated[int, option("Extra groups a step, sampled from inside completions.", panel="Credit", min=0)] = 0,
@@ -1166,7 +1299,7 @@ def train_command(
     lora_layers: Annotated[float, option("Share of the layers, from the last, that get LoRA.", panel="Model",
                                          min=0.001, max=1, show_default="1/3")] = 1 / 3,
     prompts_per_step: Annotated[int, option("Problems asked per step.", panel="Rollout", min=1)] = 8,
-    group_size: Annotated[int, option("Completions sampled per problem (G).", panel="Rollout")] = 8,
+    group_size: GroupSize = 8,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
     lr: Annotated[Optional[float], option("Peak learning rate; warms up, then decays.", panel="Update", min=0,
@@ -1175,6 +1308,8 @@ def train_command(
     l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
     max_pack_tokens: Annotated[int, option("Tokens in one forward pass of the update, the part of the prompt that all "
                                            "share not counted; less needs less memory.", panel="Update", min=1)] = 1024,
+    checkpointing: Annotated[bool, option("Compute activations again in the backward pass: less memory, more time.",
+                                          "--checkpointing", panel="Update")] = False,
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", panel="Update", min=0)] = 1.0,
     name: Annotated[str, option("The run's folder in runs/.", panel="Run", show_default="TASK-METHOD")] = "",
     resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
@@ -1183,7 +1318,7 @@ def train_command(
     eval_samples: Annotated[int, option("Also draw this many samples of each, for pass@k.", panel="Run", min=0)] = 0,
     dry_run: Annotated[bool, option("Only take one worst-case step and say what memory it took.", "--dry-run",
                                     panel="Run")] = False,
-    seed: Seed = 0, data_dir: DataDir = DATA,
+    reward: Reward = "number", metric: Metric = "", seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
     given = {k: v.value if isinstance(v, Enum) else v for k, v in context.params.items()}
@@ -1192,21 +1327,38 @@ def train_command(
         resume_settings(settings, resume, on_command_line(context))
     if settings.group_size < 2:
         raise UserError("--group-size must be at least 2: an advantage compares completions of the same problem.")
+    settings.device = join_processes(settings.device)
     policy, train_set, test_set = find_policy(settings)
     if settings.lr is None:  # small models need larger steps
         settings.lr = 3e-3 if settings.model == str(DATA / "demo") else 1e-3
     torch.manual_seed(settings.seed)
     policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
-                            settings.lora_layers)
+                            settings.lora_layers, settings.checkpointing)
     check_packing(policy.model, policy.tokenizer)
     longest = max(train_set + test_set, key=lambda problem: len(problem.question))
     check_window(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
     if dry_run:
         return show_dry_run(policy, train_set, settings)
-    run = resume or new_run(name or f"{task}-{settings.method}", settings)
+    run = resume or gather(main_process() and new_run(name or f"{task}-{settings.method}", settings))[0]
     show_start(policy, settings, run, train_set, test_set)
-    test_set = test_set[:settings.eval_problems or None]
-    device = str(base_of(policy.model).device)
+    train_and_compare(policy, train_set, test_set[:settings.eval_problems or None], settings, run)
+
+
+def join_processes(device: str) -> str:
+    """Under torchrun, connect the processes and let only the first one speak; returns the device of this process."""
+    if processes()[1] == 1:
+        return device
+    console.quiet = not main_process()
+    device = pick_device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) -> None:
+    device, task = str(base_of(policy.model).device), settings.task
     with catch_signals() as stop:
         base = evaluate_once(policy, test_set, settings, run, "base", stop)
         console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)",
@@ -1229,6 +1381,13 @@ def saved_settings(run: Path) -> dict:
     path = run / "config.json"
     saved = json.loads(read_text(path))["settings"] if path.exists() else {}
     return {key: Path(value) if key == "data_dir" else value for key, value in saved.items()}
+
+
+def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
+    """Take over the settings with which a run's adapter was trained, where the command line says nothing else."""
+    own = {"model": adapter_base(run)} | saved_settings(run)
+    for key in vars(settings).keys() & own.keys() - explicit - {"task", "device", "dtype", "batch_rows", "seed"}:
+        setattr(settings, key, own[key])
 
 
 def resume_settings(settings, run: Path, explicit: set[str]) -> None:
@@ -1299,7 +1458,8 @@ def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, 
         task = progress.add_task("", total=len(problems))
         records = evaluate(policy, problems, settings, settings.eval_samples, lambda n: progress.advance(task, n), stop)
     records = [{"phase": phase, **record} for record in records]
-    write_jsonl(path, old + records)
+    if main_process():
+        write_jsonl(path, old + records)
     return records
 
 
@@ -1329,6 +1489,9 @@ def columns(device: str) -> list[tuple[str, int, Callable[[dict], str]]]:
 @contextlib.contextmanager
 def live_table(steps: int, device: str):
     """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
+    if console.quiet:
+        yield lambda metrics: None
+        return
     if not console.is_terminal:
         print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)))
         yield lambda metrics: print(" ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device)),
@@ -1386,8 +1549,24 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
                 rows[f"pass@{k}"].append(f"{sum(pass_at_k(n, c, k) for n, c in sampled) / total:.1%}")
         rows["mean length, tokens"].append(f"{sum(r['length'] for r in records) / total:.1f}")
         rows["truncated"].append(f"{sum(r['truncated'] for r in records) / total:.1%}")
+        if "metric" in records[0]:
+            rows["mean of --metric"].append(f"{sum(r['metric'] for r in records) / total:.3f}")
+        kinds = Counter(record["type"] for record in records)
+        for kind, count in sorted(kinds.items()) if 1 < len(kinds) < 10 else []:
+            rows[f"{kind or 'no type'} ({count})"].append(f"{accuracy([r for r in records if r['type'] == kind]):.1%}")
     for label, cells in rows.items():
         table.add_row(label, *cells)
+    return table
+
+
+def changes_table(before: list[dict], after: list[dict], label: str, most: int = 10) -> Table:
+    """Problems that are right now and were wrong, and the other way round: at most ten of each."""
+    table = Table("", "problem", "answer", "base", label, title="mended (+) and broken (-)", title_justify="left")
+    last = lambda record: (record["completion"].strip().split("\n")[-1] or "(nothing)")[-40:]  # noqa: E731
+    for sign, right in (("+", True), ("-", False)):
+        for old, new in [(o, n) for o, n in zip(before, after) if o["correct"] != n["correct"] == right][:most]:
+            table.add_row(sign, *map(escape, (old["question"], old["answer"], last(old), last(new))),
+                          style="green" if right else "red")
     return table
 
 
@@ -1440,6 +1619,7 @@ def eval_command(
     adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
+    reward: Reward = "number", metric: Metric = "",
     samples: Annotated[int, option("Also draw this many samples a problem, for pass@k.", panel="Rollout", min=0)] = 0,
     limit: Annotated[int, option("Only the first N test problems; 0 for all.", panel="Data", min=0)] = 0,
     output: Annotated[Optional[Path], option("Write every answer to this JSONL file.", panel="Data")] = None,
@@ -1450,10 +1630,8 @@ def eval_command(
     """Compare the base model and any number of adapters on the held-out problems."""
     adapters = {str(folder): f"adapter{i}" for i, folder in enumerate(adapter or [])}
     settings = SimpleNamespace(**context.params)
-    if adapters:  # ask as the first adapter was trained, unless told otherwise
-        own = {"model": adapter_base(adapter[0])} | saved_settings(adapter[0])
-        for key in {"model", "prompt", "max_new_tokens", "temperature"} & own.keys() - on_command_line(context):
-            setattr(settings, key, own[key])
+    if adapters:
+        ask_as_trained(settings, adapter[0], on_command_line(context))
     policy, _, problems = find_policy(settings)
     problems = problems[:limit or None]
     for folder, name in adapters.items():
@@ -1469,11 +1647,193 @@ def eval_command(
             rows += [{"policy": label, **record} for record in results[label]]
     if output:
         write_jsonl(output, rows)
+    if adapters:
+        console.print(changes_table(results["base"], results[label], label))
     console.print(comparison_table(results, f"{task}, {Path(settings.model).name}"))
     reached = accuracy(list(results.values())[-1])
     if reached < min_accuracy:
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
+
+
+@app.command(name="inspect")
+def inspect_command(
+    context: typer.Context,
+    task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
+    method: Annotated[Shown, option("Whose credit to show; all: one after the other.", panel="Credit")] = Shown.s_grpo,
+    alpha: Alpha = 4, p: P = 0.3,
+    index: Annotated[Optional[int], option("Number of the training problem.", panel="Data", min=0,
+                                           show_default="the first whose rewards differ")] = None,
+    adapter: Annotated[Optional[Path], option("A run's folder.", panel="Model")] = None,
+    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
+    group_size: GroupSize = 8, max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0,
+    batch_rows: BatchRows = 64, reward: Reward = "number", metric: Metric = "",
+    output: Annotated[Optional[Path], option("Also write it to this .html or .svg file.", panel="Run")] = None,
+    seed: Seed = 0, data_dir: DataDir = DATA,
+):
+    """Sample one group and show which tokens a method trains, with what credit, and where the completions branch."""
+    if output and output.suffix not in (".html", ".svg"):
+        raise UserError(f"--output {output} must end in .html or .svg.")
+    settings = SimpleNamespace(**context.params)
+    settings.method = method.value
+    if adapter:
+        ask_as_trained(settings, adapter, on_command_line(context))
+    policy, problems, _ = find_policy(settings)
+    if adapter:
+        policy.model = load_adapter(policy.model, adapter, "adapter")
+    if index is not None and index >= len(problems):
+        raise UserError(f"--index {index} is too high: there are {len(problems)} training problems, from 0.")
+    for chosen in range(20) if index is None else [index]:
+        [rollout] = roll_out(policy, problems[chosen:chosen + 1], [[]], settings, settings.seed)
+        if rollout.has_signal:
+            break
+    shown = list(show_group(policy, rollout, settings))
+    console.print(*shown, sep="\n", highlight=False)
+    if output:
+        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), force_terminal=True)
+        paper.print(*shown, sep="\n", highlight=False)
+        (paper.save_html if output.suffix == ".html" else paper.save_svg)(str(output))
+        console.print(f"Written: {output}", highlight=False)
+
+
+def show_group(policy: Policy, rollout: Rollout, settings) -> Iterator:
+    """What `inspect` shows of a group: the problem, each method's credit on each completion, the branch points."""
+    trie = Trie(rollout.completions)
+    yield Text.assemble(("Problem  ", "bold"), rollout.problem.question, "  ", ("answer ", "bold"),
+                        rollout.problem.answer)
+    for method in [m.value for m in Method] if settings.method == "all" else [settings.method]:
+        weights = credit_weights(method, trie, rollout.rewards, settings, random.Random(settings.seed))
+        tokens = sum(map(len, trie.paths))
+        yield Text.assemble(("\n" + method, "bold"), f"  {len(weights)} of {len(trie.tokens)} nodes ({tokens} tokens) "
+                            "are trained: ", ("[+more likely]", "green"), " ", ("[-less likely]", "red"), ", up to +++")
+        for number, (path, reward) in enumerate(zip(trie.paths, rollout.rewards), 1):
+            yield Text.assemble((f"{number:2}  reward {reward:g}  ", "bold"), credit_text(policy, trie, path, weights))
+    yield branches_table(policy, trie, rollout.rewards)
+
+
+def token_text(policy: Policy, tokens: list[int]) -> str:
+    return policy.tokenizer.decode(tokens).replace("\n", "\u21b5")
+
+
+def credit_text(policy: Policy, trie: Trie, path: list[int], weights: dict[int, float]) -> Text:
+    """One completion: trained tokens in brackets with one to three signs for their share of the largest weight, runs of
+    equal strength together; the others dim."""
+    most, text = max(map(abs, weights.values()), default=1.0), Text()
+    strength = lambda node: math.ceil(3 * abs(weights[node]) / most - 1e-6) if node in weights else 0  # noqa: E731
+    for (level, up), run in groupby(path, lambda node: (strength(node), weights.get(node, 0) > 0)):
+        words = token_text(policy, [trie.tokens[node] for node in run])
+        color = ("green" if up else "red") + (" bold" if level == 3 else "")
+        text.append(*((f"[{'+-'[not up] * level}{words}]", color) if level else (words, "dim")))
+    return text
+
+
+def branches_table(policy: Policy, trie: Trie, rewards: list[float], most: int = 10) -> Table:
+    """The branch points that most completions pass: what they share, then each continuation with its mean reward."""
+    through, children = rewards_through(trie, rewards), defaultdict(list)
+    for node, parent in enumerate(trie.parents):
+        children[parent].append(node)
+    table = Table("after", "comes", "completions", "mean reward", "credit A(v|p)", title="\nbranch points",
+                  title_justify="left")
+    mean = lambda node: sum(through[node]) / len(through[node])  # noqa: E731
+    points = sorted((p for p in children if len(children[p]) > 1), key=lambda p: -len(through[p]))
+    for parent in points[:most]:
+        before = [trie.tokens[n] for n in [*reversed(ancestors(trie, parent, set())), parent]] if parent >= 0 else []
+        label = ("\u2026" if len(before) > 6 else "") + token_text(policy, before[-6:]) if before else "(the prompt)"
+        for node in sorted(children[parent], key=lambda n: -len(through[n])):
+            token = f'"{token_text(policy, [trie.tokens[node]])}"'  # quoted, for many begin with a space or are one
+            table.add_row(escape(label), escape(token), str(len(through[node])), f"{mean(node):.2f}",
+                          f"{mean(node) - mean(parent):+.2f}")
+            label = ""
+        table.add_section()
+    return table
+
+
+CURVES = {"reward": lambda m: m["reward"], "accuracy": lambda m: m["accuracy"], "length": lambda m: m["length"],
+          "trained": lambda m: m["tokens_trained"] / m["tokens_generated"], "signal": lambda m: m["signal"],
+          "memory": lambda m: m["peak_memory"] / 2**30}
+Curve = Enum("Curve", {name: name for name in CURVES}, type=str)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    what: Annotated[Curve, option("trained is the share of tokens, memory in GiB.", panel="Run")] = Curve.reward,
+    smooth: Annotated[Optional[int], option("Show means over this many steps.", panel="Run", min=1,
+                                            show_default="a tenth of them")] = None,
+    output: Annotated[Optional[Path], option("Also draw it into this .png or .svg file.", panel="Run")] = None,
+):
+    """Draw the curves of one or more runs over each other, in the terminal and as a picture."""
+    curves = {}
+    for run in runs:
+        if not (rows := [row for _, row in read_rows(run / "metrics.jsonl")]):
+            raise UserError(f"{run} has no steps yet.")
+        curves[str(run)] = [CURVES[what.value](row) for row in rows]
+    width = smooth or max(1, max(map(len, curves.values())) // 10)
+    smoothed = {run: [sum(part := values[max(0, i - width + 1):i + 1]) / len(part) for i in range(len(values))]
+                for run, values in curves.items()}
+    console.print(f"{what.value}, mean over {width} steps", highlight=False)
+    console.print(*draw_curves(smoothed, min(console.width, 100) - 9, 16), sep="\n")
+    if output:
+        save_picture(curves, smoothed, what.value, output)
+        console.print(f"Written: {output}", highlight=False)
+
+
+def draw_curves(curves: dict[str, list[float]], width: int, height: int) -> list[Text]:
+    """Lines of text: the curves over each other, each with a sign and a colour of its own, then what they are."""
+    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
+    longest, signs = max(map(len, curves.values())), "*o+x#@%="
+    colors = ("cyan", "magenta", "yellow", "green", "red", "blue", "white", "bright_black")
+    grid = [[(" ", "")] * width for _ in range(height)]
+    for number, values in enumerate(curves.values()):
+        for column in range(width):
+            step = round(column * (longest - 1) / max(1, width - 1))
+            if step < len(values):
+                row = round((high - values[step]) / ((high - low) or 1) * (height - 1))
+                grid[row][column] = (signs[number % 8], colors[number % 8])
+    labels = {0: high, height // 2: high - (high - low) * (height // 2) / (height - 1), height - 1: low}
+    lines = [Text.assemble(f"{labels[row]:8.3f}" if row in labels else " " * 8, "\u2502", *cells)
+             for row, cells in enumerate(grid)]
+    lines.append(Text(" " * 8 + "\u2514" + "\u2500" * width + "\n" + " " * 9 + "1" + f"{longest}".rjust(width - 1)))
+    return lines + [Text.assemble((f"{signs[i % 8]} ", colors[i % 8]), f"{run}: {values[0]:.3f} to {values[-1]:.3f}")
+                    for i, (run, values) in enumerate(curves.items())]
+
+
+def save_picture(curves: dict, smoothed: dict, what: str, path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {path} must end in .png or .svg.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("Drawing a picture needs one more package: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (run, values) in enumerate(smoothed.items()):
+        axes.plot(range(1, len(values) + 1), curves[run], color=f"C{number}", alpha=0.2)
+        axes.plot(range(1, len(values) + 1), values, color=f"C{number}", label=run)
+    axes.set(xlabel="step", ylabel=what)
+    axes.legend()
+    figure.savefig(path)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
+):
+    """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or transformers."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give a new folder.")
+    name = adapter_base(run)
+    console.print(f"Loading {name} ...", highlight=False)
+    model, tokenizer = load_model(name, "cpu", "float32")  # bfloat16 would round a small update away
+    merged = load_adapter(model, run, "adapter").merge_and_unload(safe_merge=True).to(stored_dtype(name))
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    if (own := Path(name) / "prompt.txt").is_file():
+        shutil.copy(own, out)
+    console.print(f"Written: {out}, {gigabytes(sum(p.numel() * p.element_size() for p in merged.parameters()))} in "
+                  f"{str(merged.dtype).split('.')[1]}\nCheck it: python tokenrl.py eval TASK --model {out}",
+                  highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

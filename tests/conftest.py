@@ -1,5 +1,7 @@
+import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+
+import tokenrl  # noqa: E402
 
 SHAPES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None)
@@ -55,3 +59,36 @@ def words():
 def random_completions(rng: random.Random, count: int, length: int, tokens: int = 3) -> list[list[int]]:
     """Completions over few tokens, so that they branch everywhere; some are prefixes of others, some are equal."""
     return [[rng.randrange(2, 2 + tokens) for _ in range(rng.randint(1, length))] for _ in range(count)]
+
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "data" / "demo"
+FAST = ["--device", "cpu", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "24",
+        "--eval-problems", "8"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; returns (exit code, everything printed, on one line)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = 0
+        try:
+            tokenrl.main([str(a) for a in arguments])
+        except SystemExit as exit:
+            code = exit.code or 0
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return code, " ".join((printed.out + printed.err).split())
+    return run
+
+
+def script(*arguments, cwd, **options):
+    """The command as a user runs it, in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "tokenrl.py"), *map(str, arguments)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -16,41 +16,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import random_model
+from conftest import DEMO, FAST, ROOT, random_model, rows_of, script
 
 import tokenrl
-
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "data" / "demo"
-FAST = ["--device", "cpu", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "24",
-        "--eval-problems", "8"]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; returns (exit code, everything printed, on one line)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        code = 0
-        try:
-            tokenrl.main([str(a) for a in arguments])
-        except SystemExit as exit:
-            code = exit.code or 0
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.out + printed.err
-        return code, " ".join((printed.out + printed.err).split())
-    return run
-
-
-def script(*arguments, cwd, **options):
-    """The command as a user runs it, in a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "tokenrl.py"), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-
-
-def rows_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def exact(rows):

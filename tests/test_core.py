@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_completions, random_model
+from conftest import ARCHITECTURES, Words, random_completions, random_model
 
 import tokenrl
 
@@ -115,9 +115,9 @@ def plain_logprobs(model, prompt, completion):
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def lora(model, seed=1):
+def lora(model, seed=1, checkpointing=False):
     """LoRA on all layers' q, v with random, non-zero B, so that gradients reach every matrix."""
-    wrapped = tokenrl.add_lora(model, 4, 8, "q_proj,v_proj", 0.5)
+    wrapped = tokenrl.add_lora(model, 4, 8, "q_proj,v_proj", 0.5, checkpointing)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in wrapped.parameters():
@@ -293,6 +293,34 @@ def test_non_finite_gradient_is_skipped_and_leaves_the_adapter_alone(monkeypatch
                             settings_of(), random.Random(0))
     assert result["skipped"] and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["grpo", "t-spmo"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_checkpointing_gives_the_same_gradient(kind, method):
+    """Recomputed activations, the same gradient; and a rollout through the wrapped layers samples the same tokens."""
+    found = []
+    for checkpointing in (False, True):
+        wrapped = lora(random_model(kind), checkpointing=checkpointing)
+        _, gradient = step_gradient(wrapped, random_step(), settings_of(method=method), random.Random(5))
+        completions = tokenrl.sample(wrapped, Words(), [[5, 6, 7]], 4, max_new_tokens=12)
+        found.append((gradient, completions))
+    assert found[0][0].abs().max() > 0 and found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-7, rtol=1e-5)
+
+
+def test_checkpointing_stores_less():
+    """Bytes that autograd keeps for the backward pass of a packed step."""
+    kept = {}
+    for checkpointing in (False, True):
+        model, kept[checkpointing] = lora(random_model("qwen2"), checkpointing=checkpointing), 0
+
+        def count(tensor, key=checkpointing):
+            kept[key] += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            tokenrl.packed_logprobs(model, [4, 5, 6], tokenrl.Trie([[7] * 40]), [39])
+    assert 0 < kept[True] < 0.5 * kept[False]
 
 
 def test_lower_layers_store_nothing():

@@ -63,7 +63,7 @@ def test_any_bytes_are_read_or_refused_in_a_sentence(tmp_path_factory, raw, suff
     path = tmp_path_factory.mktemp("fuzz") / f"data{suffix}"
     path.write_bytes(raw)
     try:
-        problems, rejected = tokenrl.file_problems(path, "question", "answer")
+        problems, rejected = tokenrl.file_problems(path, "question", "answer", True)
         assert all(problem.question and tokenrl.is_number(problem.answer) for problem in problems)
     except tokenrl.UserError as error:
         assert str(error)
@@ -78,7 +78,7 @@ def test_any_rows_are_read_or_refused_in_a_sentence(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("fuzz") / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        problems, rejected = tokenrl.file_problems(path, "question", "answer")
+        problems, rejected = tokenrl.file_problems(path, "question", "answer", True)
         assert len(problems) + sum(rejected.values()) == len(rows)
     except tokenrl.UserError as error:
         assert str(error)
