@@ -1386,7 +1386,8 @@ def saved_settings(run: Path) -> dict:
 def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
     """Take over the settings with which a run's adapter was trained, where the command line says nothing else."""
     own = {"model": adapter_base(run)} | saved_settings(run)
-    for key in vars(settings).keys() & own.keys() - explicit - {"task", "device", "dtype", "batch_rows", "seed"}:
+    of_this_machine = {"task", "data_dir", "device", "dtype", "batch_rows", "seed"}
+    for key in vars(settings).keys() & own.keys() - explicit - of_this_machine:
         setattr(settings, key, own[key])
 
 

@@ -3,6 +3,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -165,19 +166,24 @@ def test_dry_run(cli):
     assert not Path("runs").exists()
 
 
-def test_killed_run_resumes_to_the_same_numbers(cli, tmp_path):
-    settings = [*FAST, "--steps", "12", "--save-every", "3", "--replay", "1", "--method", "t-spmo"]
+def test_a_run_killed_several_times_ends_with_the_same_numbers(cli, tmp_path):
+    settings = [*FAST, "--steps", "40", "--save-every", "3", "--replay", "1", "--method", "t-spmo"]
     assert cli("train", "svamp", *settings, "--name", "whole")[0] == 0
-    process = script("train", "svamp", *settings, "--name", "killed", cwd=tmp_path)
-    metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    metrics, moments = tmp_path / "runs" / "killed" / "metrics.jsonl", [random.uniform(0, 0.4) for _ in range(3)]
+    for number, moment in enumerate(moments):
+        again = ["--resume", "runs/killed"] if number else [*settings, "--name", "killed"]
+        process = script("train", "svamp", *again, "--device", "cpu", cwd=tmp_path)
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        while not metrics.exists() or metrics.stat().st_mtime_ns == before:  # cut at the last save, or a step taken
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     code, text = cli("train", "svamp", "--resume", "runs/killed", "--device", "cpu")
     assert code == 0
-    assert exact(rows_of("runs/killed/metrics.jsonl")) == exact(rows_of("runs/whole/metrics.jsonl"))
+    assert exact(rows_of("runs/killed/metrics.jsonl")) == exact(rows_of("runs/whole/metrics.jsonl")), moments
+    assert rows_of("runs/killed/eval.jsonl") == rows_of("runs/whole/eval.jsonl")
     weights = [transformers_weights(tmp_path / "runs" / name) for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     code, text = cli("train", "svamp", "--resume", "runs/killed", "--lr", "0.5", "--group-size", "8")
@@ -393,7 +399,7 @@ def test_sliding_window_shorter_than_the_sequence_is_refused(cli, tmp_path):
 def test_help_needs_no_heavy_import():
     code = "import sys, tokenrl; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    for command in ([], ["prep"], ["train"], ["eval"]):
+    for command in ([], ["prep"], ["train"], ["eval"], ["inspect"], ["plot"], ["merge"]):
         text = subprocess.run([sys.executable, "tokenrl.py", *command, "--help"], cwd=ROOT, capture_output=True,
                               text=True, check=True).stdout
         assert "Usage" in text
