@@ -1702,6 +1702,8 @@ def show_group(policy: Policy, rollout: Rollout, settings) -> Iterator:
     trie = Trie(rollout.completions)
     yield Text.assemble(("Problem  ", "bold"), rollout.problem.question, "  ", ("answer ", "bold"),
                         rollout.problem.answer)
+    if not rollout.has_signal:
+        yield Text("All rewards of this group are equal, so no method learns anything from it.", "yellow")
     for method in [m.value for m in Method] if settings.method == "all" else [settings.method]:
         weights = credit_weights(method, trie, rollout.rewards, settings, random.Random(settings.seed))
         tokens = sum(map(len, trie.paths))

@@ -134,6 +134,8 @@ def test_inspect(cli):
     assert "branch points" in Path("group.html").read_text()
     assert cli("inspect", "svamp", "--index", "3", "--method", "t-spmo", "--output", "group.svg")[0] == 0
     assert Path("group.svg").read_text().startswith("<svg")
+    text = cli("inspect", "svamp", "--method", "grpo", "--max-new-tokens", "2")[1]  # nobody finishes in two tokens
+    assert "no method learns anything from it" in text and "0 of" in text
     assert "there are 700 training problems" in cli("inspect", "svamp", "--index", "700")[1]
     assert "must end in .html or .svg" in cli("inspect", "svamp", "--output", "group.pdf")[1]
     assert cli("train", "svamp", *FAST, "--steps", "1", "--method", "t-spmo")[0] == 0
