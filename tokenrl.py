@@ -1350,7 +1350,7 @@ def join_processes(device: str) -> str:
         return device
     console.quiet = not main_process()
     device = pick_device(device)
-    if device == "cuda":
+    if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -1366,9 +1366,9 @@ def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) 
         with live_table(settings.steps, device) as show:
             for metrics in train(policy, train_set, settings, run, stop):
                 show(metrics)
-        if stop:
+        if any(gather(bool(stop))):
             console.print(f"Stopped and saved. Continue with: python tokenrl.py train {task} --resume {run}")
-            raise typer.Exit(128 + stop[0])
+            raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
         trained = evaluate_once(policy, test_set, settings, run, "trained", stop)
     rows = [row for _, row in read_rows(run / "metrics.jsonl")]
     console.print(comparison_table({"base": base, "trained": trained}, f"{task}, {settings.method}, {run}"))
