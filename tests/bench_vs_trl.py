@@ -39,7 +39,7 @@ import tokenrl  # noqa: E402
 METHODS = ("grpo", "s-grpo", "t-spmo")
 TRL = {"trl": "TRL", "trl-tuned": "TRL*"}  # its defaults; and faster than them, see run_trl
 ENGINES = (*TRL, *METHODS)
-LIMIT = 200  # seconds for one measurement, its loading included
+LIMIT = 400  # seconds for one measurement, its loading included
 GIB = 2 ** 30
 console = Console(highlight=False)
 
