@@ -470,6 +470,8 @@ def stored_dtype(name: str):
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     """(model, tokenizer) of a hub id, a local folder, or a .gguf file (needs the `gguf` package)."""
     path, (name, options) = Path(name), source_of(name)
+    if not console.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of .gguf files; the next lines cannot reach them
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
