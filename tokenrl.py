@@ -1828,7 +1828,7 @@ def merge(
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or transformers."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
-    name = adapter_base(run)
+    name = ({"model": adapter_base(run)} | saved_settings(run))["model"]  # a .gguf file is in the settings only
     console.print(f"Loading {name} ...", highlight=False)
     model, tokenizer = load_model(name, "cpu", "float32")  # bfloat16 would round a small update away
     merged = load_adapter(model, run, "adapter").merge_and_unload(safe_merge=True).to(stored_dtype(name))
