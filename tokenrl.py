@@ -1197,6 +1197,7 @@ def option(help: str, *names: str, panel: str, **limits):
     return typer.Option(*names, help=help, rich_help_panel=panel, **{"show_default": True} | limits)
 
 
+Task = Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")]
 DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
 Model = Annotated[str, option("Hub id, local folder or .gguf file. auto: Qwen2-1.5B on a GPU if it can be loaded, "
                               "else the bundled demo model.", panel="Model")]
@@ -1288,7 +1289,7 @@ def prep(
 @app.command(name="train")
 def train_command(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
+    task: Task,
     method: Annotated[Method, option("Which tokens are trained, with what credit.", panel="Credit")] = Method.s_grpo,
     alpha: Alpha = 4, p: P = 0.3,
     on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
@@ -1385,9 +1386,14 @@ def saved_settings(run: Path) -> dict:
     return {key: Path(value) if key == "data_dir" else value for key, value in saved.items()}
 
 
+def adapter_settings(run: Path) -> dict:
+    """What is known of an adapter: its run's settings (which alone name a .gguf file), at the least its base model."""
+    return {"model": adapter_base(run)} | saved_settings(run)
+
+
 def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
     """Take over the settings with which a run's adapter was trained, where the command line says nothing else."""
-    own = {"model": adapter_base(run)} | saved_settings(run)
+    own = adapter_settings(run)
     of_this_machine = {"task", "data_dir", "device", "dtype", "batch_rows", "seed"}
     for key in vars(settings).keys() & own.keys() - explicit - of_this_machine:
         setattr(settings, key, own[key])
@@ -1618,7 +1624,7 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
 @app.command(name="eval")
 def eval_command(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
+    task: Task,
     adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
@@ -1662,7 +1668,7 @@ def eval_command(
 @app.command(name="inspect")
 def inspect_command(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")],
+    task: Task,
     method: Annotated[Shown, option("Whose credit to show; all: one after the other.", panel="Credit")] = Shown.s_grpo,
     alpha: Alpha = 4, p: P = 0.3,
     index: Annotated[Optional[int], option("Number of the training problem.", panel="Data", min=0,
@@ -1670,7 +1676,7 @@ def inspect_command(
     adapter: Annotated[Optional[Path], option("A run's folder.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
     group_size: GroupSize = 8, max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0,
-    batch_rows: BatchRows = 64, reward: Reward = "number", metric: Metric = "",
+    batch_rows: BatchRows = 64, reward: Reward = "number",
     output: Annotated[Optional[Path], option("Also write it to this .html or .svg file.", panel="Run")] = None,
     seed: Seed = 0, data_dir: DataDir = DATA,
 ):
@@ -1681,6 +1687,7 @@ def inspect_command(
     settings.method = method.value
     if adapter:
         ask_as_trained(settings, adapter, on_command_line(context))
+    settings.metric = ""  # there is no evaluation here
     policy, problems, _ = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter")
@@ -1828,7 +1835,7 @@ def merge(
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or transformers."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
-    name = ({"model": adapter_base(run)} | saved_settings(run))["model"]  # a .gguf file is in the settings only
+    name = adapter_settings(run)["model"]
     console.print(f"Loading {name} ...", highlight=False)
     model, tokenizer = load_model(name, "cpu", "float32")  # bfloat16 would round a small update away
     merged = load_adapter(model, run, "adapter").merge_and_unload(safe_merge=True).to(stored_dtype(name))

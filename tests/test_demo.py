@@ -1,23 +1,19 @@
 """The bundled problems: made from a seed, and split so that the test is unseen."""
-import json
 import random
 import re
 import sys
-from pathlib import Path
 
-DATA = Path(__file__).parent.parent / "data"
-sys.path.insert(0, str(DATA))
+from conftest import DEMO, rows_of
+
+sys.path.insert(0, str(DEMO.parent))
 
 import make_demo  # noqa: E402
 
 
-def rows_of(name):
-    return [json.loads(line) for line in (DATA / "demo" / f"{name}.jsonl").read_text().splitlines()]
-
-
 def test_the_seed_gives_the_bundled_problems():
     for name, problems in make_demo.bundled_problems(random.Random(0)).items():
-        assert [{key: p[key] for key in ("question", "answer", "type")} for p in problems] == rows_of(name)
+        made = [{key: p[key] for key in ("question", "answer", "type")} for p in problems]
+        assert made == rows_of(DEMO / f"{name}.jsonl")
 
 
 def template(question):
@@ -39,7 +35,7 @@ def test_splits_share_no_template_and_no_numbers():
 
 def test_every_bundled_answer_is_right():
     for name in ("train", "test"):
-        for row in rows_of(name):
+        for row in rows_of(DEMO / f"{name}.jsonl"):
             numbers = [int(n) for n in re.findall(r"\d+", row["question"])]
             pairs = [(x, y) for x in numbers for y in numbers]
             ways = {"Addition": [x + y for x, y in pairs], "Subtraction": [x - y for x, y in pairs],
