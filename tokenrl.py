@@ -594,6 +594,9 @@ def peak_memory(device: str, reset: bool = False) -> int:
 # 3. Rollout: sampling groups
 # ---------------------------------------------------------------------------------------------------------------
 
+LOGIT_ROWS = 32  # rows of [vocabulary] logits that exist at a time
+
+
 def logits_of(model, hidden):
     """float32 logits [n, vocabulary] of final hidden states [n, width]."""
     base = base_of(model)
@@ -647,19 +650,55 @@ def _prefill(base, prompts: list[list[int]]):
     return cache, hidden[:, -1].contiguous(), visible, positions[:, -1:] + 1
 
 
+def _make_room(cache, group_size: int, max_new_tokens: int) -> None:
+    """Repeat each prompt's keys and values for its group, in memory with room for the new tokens: a cache that grows by
+    torch.cat copies all of it at every token."""
+    for layer in cache.layers:
+        layer.stores = []
+        for old in (layer.keys, layer.values):  # [B, heads, P, head width]
+            rows, heads, seen, width = old.shape
+            store = old.new_empty(rows * group_size, heads, seen + max_new_tokens, width)
+            store[:, :, :seen].unflatten(0, (rows, group_size)).copy_(old[:, None])
+            layer.stores.append(store)
+        layer.keys, layer.values = (store[:, :, :seen] for store in layer.stores)
+        layer.update = partial(_append, layer)
+
+
+def _append(layer, keys, values, *_, **__):
+    """Stands in for the layer's update(): store the keys and values of one more token, and return all."""
+    rows, seen = len(keys), layer.keys.shape[2]
+    for store, new in zip(layer.stores, (keys, values)):
+        store[:rows, :, seen:seen + 1] = new
+    layer.keys, layer.values = (store[:rows, :, :seen + 1] for store in layer.stores)
+    return layer.keys, layer.values
+
+
+def _drop_rows(cache, keep: list[int]) -> list[int]:
+    """Leave only the rows `keep`: the last of them move into the gaps. Returns the old number of each new row."""
+    late = [row for row in keep if row >= len(keep)]
+    kept = set(keep)
+    order = [row if row in kept else late.pop() for row in range(len(keep))]
+    moved = [row for row, old in enumerate(order) if row != old]
+    for layer in cache.layers:
+        for store, seen in ((store, layer.keys.shape[2]) for store in layer.stores if moved):
+            store[moved, :, :seen] = store[[order[row] for row in moved], :, :seen]
+    return order
+
+
 def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
     base = base_of(model)
     check_window(base.config, max(map(len, prompts)) + max_new_tokens)
     cache, hidden, visible, position = _prefill(base, prompts)
-    # Each prompt was computed once; for its group, keys and values, logits, mask and position are repeated.
-    cache.batch_repeat_interleave(group_size)
+    # Each prompt was computed once; for its group, keys and values, hidden state, mask and position are repeated.
+    _make_room(cache, group_size, max_new_tokens)
     mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + max_new_tokens, dtype=hidden.dtype, device=base.device)
     mask[..., :visible.shape[1]].masked_fill_(visible[:, None, None] == 0, torch.finfo(mask.dtype).min)
-    logits, mask, position = (x.repeat_interleave(group_size, 0) for x in (logits_of(model, hidden), mask, position))
+    hidden, mask, position = (x.repeat_interleave(group_size, 0) for x in (hidden, mask, position))
     completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     live, seen = list(range(len(completions))), visible.shape[1]
     while True:
-        tokens, keep = draw(logits, temperature, generator), []
+        tokens, keep = torch.cat([draw(logits_of(model, part), temperature, generator)
+                                  for part in hidden.split(LOGIT_ROWS)]), []
         for row, token in enumerate(tokens.tolist()):
             completion = completions[live[row]]
             completion.append(token)
@@ -669,22 +708,22 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
         if not keep:
             return [completions[i:i + group_size] for i in range(0, len(completions), group_size)]
         if len(keep) < len(live):  # finished rows would cost as much as the others
-            live = [live[row] for row in keep]
-            index = torch.tensor(keep, device=base.device)
-            cache.batch_select_indices(index)
-            tokens, mask, position = tokens[index], mask[index], position[index]
+            order = _drop_rows(cache, keep)
+            live = [live[row] for row in order]
+            tokens, mask, position = tokens[order], mask[order], position[order]
         seen += 1
         hidden = base.get_decoder()(input_ids=tokens[:, None], attention_mask=mask[..., :seen], position_ids=position,
                                     past_key_values=cache, use_cache=True).last_hidden_state
-        logits, position = logits_of(model, hidden[:, -1].contiguous()), position + 1
+        hidden, position = hidden[:, -1].contiguous(), position + 1
 
 
 def draw(logits, temperature: float, generator):
-    """One token per row of logits [rows, V] from softmax(logits / temperature), by inverting the cumulative
-    distribution: torch.multinomial draws V random numbers a row, which on a CPU takes longer than the model."""
+    """One token per row of logits [rows, V], which are overwritten, from softmax(logits / temperature), by inverting the
+    cumulative distribution: torch.multinomial draws V random numbers a row, which on a CPU takes longer than the model.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    cumulative = logits.div_(temperature).softmax(-1).cumsum_(-1)
     uniform = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in (0, 1]
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])[:, 0]
 
@@ -813,9 +852,6 @@ def credit_weights(method: str, trie: Trie, rewards: list[float], settings, rng:
 # ---------------------------------------------------------------------------------------------------------------
 # 5. Update: pack, forward, loss
 # ---------------------------------------------------------------------------------------------------------------
-
-LOGIT_ROWS = 128  # rows of [vocabulary] logits that exist at a time
-
 
 def ancestors(trie: Trie, node: int, known: set[int]) -> list[int]:
     """The ancestors of a node, nearest first, up to the first that is in `known`."""

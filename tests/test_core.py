@@ -342,6 +342,16 @@ def test_greedy_equals_generate(model, words):
         assert group == [wanted, wanted]
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rows_that_end_do_not_disturb_the_others(kind, words):
+    model, rng = random_model(kind), random.Random(0)
+    prompts = [[rng.randrange(2, 97) for _ in range(rng.randint(1, 6))] for _ in range(24)]
+    common = dict(max_new_tokens=16, temperature=0, ends=set(range(2, 20)))
+    together = tokenrl.sample(model, words, prompts, 1, rows=24, **common)
+    assert together == [tokenrl.sample(model, words, [prompt], 1, **common)[0] for prompt in prompts]
+    assert len({len(completion) for [completion] in together}) > 3  # so that rows did end at different times
+
+
 def test_sampling_follows_softmax_and_ignores_the_checkpoints_own_settings(words):
     model = random_model("qwen2")
     model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=5.0, temperature=0.1, do_sample=True)
