@@ -594,7 +594,7 @@ def peak_memory(device: str, reset: bool = False) -> int:
 # 3. Rollout: sampling groups
 # ---------------------------------------------------------------------------------------------------------------
 
-LOGIT_ROWS = 32  # rows of [vocabulary] logits that exist at a time
+LOGIT_ROWS = 48  # rows of [vocabulary] logits that exist at a time; above 32 MiB, malloc asks the system each time
 
 
 def logits_of(model, hidden):
@@ -718,9 +718,9 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
 
 
 def draw(logits, temperature: float, generator):
-    """One token per row of logits [rows, V], which are overwritten, from softmax(logits / temperature), by inverting the
-    cumulative distribution: torch.multinomial draws V random numbers a row, which on a CPU takes longer than the model.
-    """
+    """One token per row of logits [rows, V], which are overwritten, from softmax(logits / temperature), by inverting
+    the cumulative distribution: torch.multinomial draws V random numbers a row, which on a CPU takes longer than the
+    model."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = logits.div_(temperature).softmax(-1).cumsum_(-1)
@@ -884,9 +884,9 @@ def pack(prompt: list[int], trie: Trie, nodes: list[int]):
 def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], temperature: float = 1.0):
     """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
 
-    One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few rows at a time and
-    computed again in the backward pass, so that [tokens, vocabulary] never exists. Equal to one forward pass per
-    completion up to rounding. Raises UserError where a sliding attention window is shorter than the sequence.
+    One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few rows at a time, so
+    that [tokens, vocabulary] never exists. Equal to one forward pass per completion up to rounding. Raises UserError
+    where a sliding attention window is shorter than the sequence.
     """
     base = base_of(model)
     ids, positions, allowed, slot = pack(prompt_ids, trie, nodes)
@@ -895,26 +895,28 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
     hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device),
                                 attention_mask=mask[None, None].to(device), use_cache=False).last_hidden_state[0]
-    children: dict[int, list[int]] = defaultdict(list)  # slot of the parent -> places in `nodes`
-    for place, node in enumerate(nodes):
-        children[slot[trie.parents[node]]].append(place)
-    slots, parts, places = list(children), [], []
-    for start in range(0, len(slots), LOGIT_ROWS):
-        rows = slots[start:start + LOGIT_ROWS]
-        picked = [(i, place) for i, row in enumerate(rows) for place in children[row]]
-        index = torch.tensor([(i, trie.tokens[nodes[place]]) for i, place in picked], device=device).T
-        args = (model, hidden[torch.tensor(rows, device=device)], index, temperature)
-        few = len(slots) <= LOGIT_ROWS or not hidden.requires_grad
-        parts.append(_node_logprobs(*args) if few else
-                     torch.utils.checkpoint.checkpoint(_node_logprobs, *args, use_reentrant=False))
-        places += [place for _, place in picked]
-    return torch.cat(parts)[torch.tensor(places, device=device).argsort()]
+    rows = torch.tensor([slot[trie.parents[node]] for node in nodes], device=device)
+    return token_logprobs(model, hidden[rows], torch.tensor([trie.tokens[node] for node in nodes], device=device),
+                          temperature)
 
 
-def _node_logprobs(model, hidden, index, temperature):
-    """hidden [r, width], index [2, k] of rows and tokens -> log-probs [k]."""
-    logits = logits_of(model, hidden) / temperature
-    return logits[index[0], index[1]] - logits.logsumexp(-1)[index[0]]
+def token_logprobs(model, hidden, tokens, temperature: float):
+    """log-prob of each of `tokens` [n] under softmax(logits / temperature), from hidden states [n, width]: float32 [n].
+
+    The gradient of each is a vector of [width] that is at hand once its row of logits is, so it is computed there and
+    kept, instead of the row or of computing the row again in the backward pass.
+    """
+    values, slopes = [], []
+    for part, wanted in zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS)):
+        with torch.set_grad_enabled(hidden.requires_grad):
+            part = part.detach().requires_grad_(hidden.requires_grad)
+            logp = (logits_of(model, part) / temperature).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+        if hidden.requires_grad:
+            slopes += torch.autograd.grad(logp.sum(), part)
+        values.append(logp.detach())
+    if not slopes:
+        return torch.cat(values)
+    return torch.cat(values) + ((hidden - hidden.detach()) * torch.cat(slopes)).sum(-1)  # adds 0, with that gradient
 
 
 def check_window(config, length: int) -> None:
@@ -1381,6 +1383,7 @@ def train_command(
     run = resume or gather(main_process() and new_run(name or f"{task}-{settings.method}", settings))[0]
     show_start(policy, settings, run, train_set, test_set)
     train_and_compare(policy, train_set, test_set[:settings.eval_problems or None], settings, run)
+    leave_processes()
 
 
 def join_processes(device: str) -> str:
@@ -1394,6 +1397,16 @@ def join_processes(device: str) -> str:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
+
+
+def leave_processes() -> None:
+    """Under torchrun, end this process once all have come here. Not by way of the interpreter's own end, where gloo's
+    threads abort some runs that have succeeded (pytorch issue 190489)."""
+    if processes()[1] > 1:
+        torch.distributed.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) -> None:

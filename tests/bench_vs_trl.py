@@ -40,6 +40,7 @@ METHODS = ("grpo", "s-grpo", "t-spmo")
 TRL = {"trl": "TRL", "trl-tuned": "TRL*"}  # its defaults; and faster than them, see run_trl
 ENGINES = (*TRL, *METHODS)
 LIMIT = 400  # seconds for one measurement, its loading included
+GROWTH_LIMIT = 150  # the same where cases grow and are measured once
 GIB = 2 ** 30
 console = Console(highlight=False)
 
@@ -450,7 +451,7 @@ def main(
                 measured[engine].append(result if first or "failed" in result else result | {
                     key: own[repeat][key] for key in ("rollout_s", "lengths", "prompt_tokens") if key in own[repeat]})
         cases = [case for case in sampled["cases"] if case not in ("main", "gradient")]
-        grown = {case: {engine: run(f"{case}, {TRL.get(engine, engine)}", engine=engine, case=case)
+        grown = {case: {engine: run(f"{case}, {TRL.get(engine, engine)}", GROWTH_LIMIT, engine=engine, case=case)
                         for engine in ("trl", *METHODS)} for case in cases}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
     report = {"model": model.resolve().name, "task": task, "prompts": prompts, "group_size": group_size,

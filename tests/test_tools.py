@@ -235,8 +235,7 @@ for method in ("grpo", "t-spmo"):
     tokenrl.update(tokenrl.Policy(model, None, "plain"), rollouts[rank::world], optimizer, 0.0, settings,
                    random.Random(0))
     torch.save(kept, f"{{method}}-{{world}}-{{rank}}.pt")
-if world > 1:
-    torch.distributed.destroy_process_group()
+tokenrl.leave_processes()
 """
 
 
