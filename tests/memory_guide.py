@@ -1,16 +1,18 @@
 """Peak memory of a training step of Qwen2-1.5B, from random weights of that shape: the memory guide in the README.
 
-    python tests/memory_guide.py                       # 4 methods x groups of 8 and 16 x 256 and 1024 new tokens
+    python tests/memory_guide.py                       # 5 rows x groups of 8 and 16 x 256 and 1024 new tokens
     python tests/memory_guide.py --layers 2            # a quick look
 
 One prompt of 256 tokens. Every figure comes from a process of its own. The completions are random tokens that share up
 to 16 first tokens in pairs, so that T-SPMO has branch points as deep as that. The rollout is measured at its end, where
-it is largest: a prompt of all but 8 of the tokens is computed once, and 8 more are sampled for each of the group.
+it is largest: a prompt of all but 8 of the tokens is computed once, and 8 more are sampled for each of the group. Of an
+update's passes, which all have at most --max-pack-tokens, the first two are made.
 """
 import json
 import random
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -24,8 +26,9 @@ import tokenrl  # noqa: E402
 
 SHAPE = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
              num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=151643)
-CASES = {"grpo": ("grpo", False), "s-grpo": ("s-grpo", False), "s-grpo --checkpointing": ("s-grpo", True),
-         "t-spmo": ("t-spmo", False)}
+CASES = {"grpo": ("grpo", False, 1024), "s-grpo": ("s-grpo", False, 1024),  # method, --checkpointing, pack tokens
+         "s-grpo --max-pack-tokens 512": ("s-grpo", False, 512), "s-grpo --checkpointing": ("s-grpo", True, 1024),
+         "t-spmo": ("t-spmo", False, 1024)}
 
 
 def build(layers: int, checkpointing: bool):
@@ -48,7 +51,7 @@ def completions_of(rng: random.Random, count: int, length: int) -> list[list[int
 
 
 def measure(case: str, group_size: int, length: int, layers: int) -> dict:
-    method, checkpointing = CASES[case]
+    method, checkpointing, pack_tokens = CASES[case]
     model, device = build(layers, checkpointing)
     rng = random.Random(0)
     prompt = [rng.randrange(1000) for _ in range(256)]
@@ -57,12 +60,13 @@ def measure(case: str, group_size: int, length: int, layers: int) -> dict:
     tokenrl.sample(model, None, [prompt + [7] * (length - 8)], group_size, max_new_tokens=8, ends=set())
     rollout = tokenrl.peak_memory(device)
     settings = SimpleNamespace(method=method, alpha=4, p=0.3, on_prob=True, temperature=1.0, beta=0.0, l2=0.0,
-                               max_pack_tokens=1024, max_grad_norm=1.0)
+                               max_pack_tokens=pack_tokens, max_grad_norm=1.0)
     completions = completions_of(rng, group_size, length)
     rewards = [float(i % 2) for i in range(group_size)]
     problem = tokenrl.Problem("", "0")
     tokenrl.peak_memory(device, reset=True)
-    policy = tokenrl.Policy(model, None, "plain")
+    policy, split = tokenrl.Policy(model, None, "plain"), tokenrl.split_nodes
+    tokenrl.split_nodes = lambda *arguments: islice(split(*arguments), 2)
     tokenrl.update(policy, [tokenrl.Rollout(problem, prompt, completions, rewards)], tokenrl.new_optimizer(model), 1e-3,
                    settings, random.Random(0))
     return {"device": device, "weights": weights, "rollout": rollout, "update": tokenrl.peak_memory(device)}
