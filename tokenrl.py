@@ -675,14 +675,14 @@ def _append(layer, keys, values, *_, **__):
 
 def _drop_rows(cache, keep: list[int]) -> list[int]:
     """Leave only the rows `keep`: the last of them move into the gaps. Returns the old number of each new row."""
-    late = [row for row in keep if row >= len(keep)]
-    kept = set(keep)
-    order = [row if row in kept else late.pop() for row in range(len(keep))]
-    moved = [row for row, old in enumerate(order) if row != old]
-    for layer in cache.layers:
-        for store, seen in ((store, layer.keys.shape[2]) for store in layer.stores if moved):
-            store[moved, :, :seen] = store[[order[row] for row in moved], :, :seen]
-    return order
+    kept, late = set(keep), [row for row in reversed(keep) if row >= len(keep)]
+    gaps = [row for row in range(len(keep)) if row not in kept]  # as many as there are late rows
+    for layer in cache.layers if gaps else ():
+        seen = layer.keys.shape[2]
+        for store in layer.stores:
+            store[gaps, :, :seen] = store[late, :, :seen]
+    moved = dict(zip(gaps, late))
+    return [moved.get(row, row) for row in range(len(keep))]
 
 
 def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
@@ -697,8 +697,8 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
     completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     live, seen = list(range(len(completions))), visible.shape[1]
     while True:
-        tokens, keep = torch.cat([draw(logits_of(model, part), temperature, generator)
-                                  for part in hidden.split(LOGIT_ROWS)]), []
+        tokens = torch.cat([draw(logits_of(model, part), temperature, generator) for part in hidden.split(LOGIT_ROWS)])
+        keep = []
         for row, token in enumerate(tokens.tolist()):
             completion = completions[live[row]]
             completion.append(token)
