@@ -49,6 +49,7 @@ import sys
 import time
 import urllib.request
 import warnings
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -661,7 +662,7 @@ def _make_room(cache, group_size: int, max_new_tokens: int) -> None:
             store[:, :, :seen].unflatten(0, (rows, group_size)).copy_(old[:, None])
             layer.stores.append(store)
         layer.keys, layer.values = (store[:, :, :seen] for store in layer.stores)
-        layer.update = partial(_append, layer)
+        layer.update = partial(_append, weakref.proxy(layer))  # a reference would be a cycle, which keeps the memory
 
 
 def _append(layer, keys, values, *_, **__):

@@ -1,4 +1,5 @@
 """The exact core: credit functions, the packed pass and its gradients, sampling."""
+import gc
 import math
 import random
 from collections import Counter, defaultdict
@@ -350,6 +351,22 @@ def test_rows_that_end_do_not_disturb_the_others(kind, words):
     together = tokenrl.sample(model, words, prompts, 1, rows=24, **common)
     assert together == [tokenrl.sample(model, words, [prompt], 1, **common)[0] for prompt in prompts]
     assert len({len(completion) for [completion] in together}) > 3  # so that rows did end at different times
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sampling_leaves_no_keys_and_values_behind(kind, words):
+    def tensors():
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+    model = random_model(kind)
+    tokenrl.sample(model, words, [[5, 6]], 2, max_new_tokens=4)  # what is made once may stay
+    gc.collect()
+    gc.disable()  # a process meets the collector only now and then: until then a cycle keeps gigabytes
+    try:
+        before = tensors()
+        tokenrl.sample(model, words, [[5, 6]], 2, max_new_tokens=4)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_sampling_follows_softmax_and_ignores_the_checkpoints_own_settings(words):
