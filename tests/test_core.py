@@ -136,8 +136,8 @@ def gradients(model, loss):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("few_rows", [False, True])
 def test_packed_logprobs_and_gradients(model, seed, few_rows, monkeypatch):
-    if few_rows:  # logits in several checkpointed pieces
-        monkeypatch.setattr(tokenrl, "LOGIT_ROWS", 3)
+    if few_rows:  # logits in several pieces
+        monkeypatch.setattr(tokenrl, "TRAINED_ROWS", 3)
     model, rng = lora(model), random.Random(seed)
     prompt = [rng.randrange(2, 97) for _ in range(rng.randint(1, 9))]
     completions = random_completions(rng, 6, 8)
