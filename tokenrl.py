@@ -746,13 +746,15 @@ class Rollout:
 
 
 def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]], settings, seed: int) -> list[Rollout]:
-    """Sample and score one group per problem, each after its prefix (empty but for replays)."""
+    """Sample and score one group per problem, each after its prefix (empty but for replays), which counts towards
+    max_new_tokens: a replay is the end of a completion, and must not have more room than one."""
     prompts = [policy.prompt_ids(problem.question) + prefix for problem, prefix in zip(problems, prefixes)]
+    longest = settings.max_new_tokens - min(map(len, prefixes), default=0)
     groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, stop=policy.stop, seed=seed,
-                    max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-                    rows=settings.batch_rows)
+                    max_new_tokens=longest, temperature=settings.temperature, rows=settings.batch_rows)
     rollouts = []
-    for problem, prefix, prompt, completions in zip(problems, prefixes, prompts, groups):
+    for problem, prefix, prompt, group in zip(problems, prefixes, prompts, groups):
+        completions = [completion[:settings.max_new_tokens - len(prefix)] for completion in group]
         rewards = [policy.reward(problem, prefix + completion) for completion in completions]
         rollouts.append(Rollout(problem, prompt, completions, rewards))
     return rollouts

@@ -395,6 +395,20 @@ def test_second_token_is_sampled_given_the_first_despite_padding_and_dropped_row
         assert number > 300 and (found - wanted).abs().sum() < 1.5 * noise
 
 
+def test_a_replay_has_no_more_room_than_the_completion_it_ends():
+    """Every completion would be right, but what does not end within max_new_tokens, prefix included, earns nothing."""
+    policy = tokenrl.Policy(random_model("qwen2"), Words(), "plain", score=lambda text, answer: 1.0)
+    policy.prompt_ids = lambda question: [5, 6]
+    settings = settings_of(max_new_tokens=24, temperature=9.0, batch_rows=64, group_size=64)
+    prefixes = [[], [7] * 9, [7] * 20]
+    rollouts = tokenrl.roll_out(policy, [PROBLEM] * 3, prefixes, settings, seed=0)
+    for prefix, rollout in zip(prefixes, rollouts):
+        assert rollout.prompt == [5, 6, *prefix]
+        assert max(map(len, rollout.completions)) == 24 - len(prefix)
+        assert rollout.rewards == [completion[-1] == 1 for completion in rollout.completions]
+        assert rollout.has_signal
+
+
 def test_every_end_token_stops_and_is_kept(words):
     model = random_model("qwen2")
     model.generation_config.eos_token_id = [30, 31]
