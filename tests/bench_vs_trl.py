@@ -38,7 +38,7 @@ import tokenrl  # noqa: E402
 
 METHODS = ("grpo", "s-grpo", "t-spmo")
 TRL = {"trl": "TRL", "trl-tuned": "TRL*"}  # its defaults; and faster than them, see run_trl
-ENGINES = (*TRL, *METHODS)
+ENGINES = (*TRL, *METHODS, "t-spmo --checkpointing")  # the last: what its memory can come down to, and for what time
 LIMIT = 400  # seconds for one measurement, its loading included
 GROWTH_LIMIT = 150  # the same where cases grow and are measured once
 GIB = 2 ** 30
@@ -82,11 +82,11 @@ def child(job: dict) -> dict:
     defaults = {name: p.default for name, p in inspect.signature(tokenrl.train_command).parameters.items()}
     settings = SimpleNamespace(**defaults | {"data_dir": Path(job["data_dir"])} | {
         key: job[key] for key in ("model", "task", "dtype")})
-    settings.method = job["engine"]
+    settings.method, _, checkpointing = job["engine"].partition(" ")
     policy, problems, _ = tokenrl.find_policy(settings)
     tokenrl.torch.manual_seed(0)
     policy.model = tokenrl.add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
-                                    settings.lora_layers)
+                                    settings.lora_layers, bool(checkpointing))
     if "gradient" in job:  # at its start, LoRA's B is zero, and with it the gradient of A
         with tokenrl.torch.no_grad():
             for name, parameter in policy.model.named_parameters():
