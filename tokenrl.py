@@ -1254,6 +1254,8 @@ Device = Annotated[str, option("auto, cpu, cuda or mps.", panel="Model")]
 Dtype = Annotated[str, option("auto, float32 or bfloat16.", panel="Model")]
 Prompt = Annotated[str, option("auto, chat, plain (worked examples as Question/Answer), or a file with {question} in "
                                "it.", panel="Model")]
+Shots = Annotated[Optional[int], option("Worked examples in a chat or plain prompt.", panel="Model", min=0,
+                                        show_default="all of examples.jsonl")]
 MaxNewTokens = Annotated[int, option("Longest completion, in tokens.", panel="Rollout", min=1)]
 BatchRows = Annotated[int, option("Completions decoded at a time; lower it when memory runs out.", panel="Rollout",
                                   min=1)]
@@ -1297,7 +1299,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             continue
         settings.model = name
         form = choose_prompt(settings.prompt, model, tokenizer)
-        return Policy(model, tokenizer, form, examples, score, metric or None), train_set, test_set
+        return Policy(model, tokenizer, form, examples[:settings.shots], score, metric or None), train_set, test_set
 
 
 @app.command()
@@ -1344,7 +1346,7 @@ def train_command(
     on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
                                     panel="Credit")] = True,
     replay: Annotated[int, option("Extra groups a step, sampled from inside completions.", panel="Credit", min=0)] = 0,
-    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
+    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
     lora_rank: Annotated[int, option("Rank of the LoRA matrices.", panel="Model", min=1)] = 16,
     lora_alpha: Annotated[float, option("LoRA's scale; the update is multiplied by alpha / rank.", panel="Model")] = 32,
     lora_targets: Annotated[str, option("Modules that get LoRA, with commas.", panel="Model")] = "q_proj,v_proj",
@@ -1686,7 +1688,7 @@ def eval_command(
     context: typer.Context,
     task: Task,
     adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again.", panel="Model")] = None,
-    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
+    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     reward: Reward = "number", metric: Metric = "",
     samples: Annotated[int, option("Also draw this many samples a problem, for pass@k.", panel="Rollout", min=0)] = 0,
@@ -1734,7 +1736,7 @@ def inspect_command(
     index: Annotated[Optional[int], option("Number of the training problem.", panel="Data", min=0,
                                            show_default="the first whose rewards differ")] = None,
     adapter: Annotated[Optional[Path], option("A run's folder.", panel="Model")] = None,
-    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto",
+    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
     group_size: GroupSize = 8, max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0,
     batch_rows: BatchRows = 64, reward: Reward = "number",
     output: Annotated[Optional[Path], option("Also write it to this .html or .svg file.", panel="Run")] = None,

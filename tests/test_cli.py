@@ -281,6 +281,30 @@ def test_bad_worked_examples(cli):
     assert code == 1 and "examples.jsonl line 2 lacks" in text
 
 
+def test_shots_is_the_number_of_worked_examples_and_evaluation_keeps_it(cli, monkeypatch):
+    Path("d/mine").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [{"question": f"{split} {i}", "answer": i} for i in range(5)]
+        tokenrl.write_jsonl(Path(f"d/mine/{split}.jsonl"), rows)
+    tokenrl.write_jsonl(Path("d/mine/examples.jsonl"), [{"question": f"q{i}", "answer": "a"} for i in range(3)])
+    seen, sample = [], tokenrl.sample
+
+    def watched(model, tokenizer, prompts, *rest, **options):
+        seen.extend(tokenizer.decode(prompt).count("Answer:") - 1 for prompt in prompts)
+        return sample(model, tokenizer, prompts, *rest, **options)
+    monkeypatch.setattr(tokenrl, "sample", watched)
+
+    asked = ["mine", "--data-dir", "d"]
+    for options, shots in (([], 3), (["--shots", 2], 2), (["--shots", 0], 0), (["--shots", 9], 3)):
+        seen.clear()
+        assert cli("eval", *asked, "--model", DEMO, "--prompt", "plain", "--limit", 2, *options)[0] == 0
+        assert set(seen) == {shots}
+    assert cli("train", *asked, "--model", DEMO, "--prompt", "plain", *FAST, "--steps", 1, "--shots", 1)[0] == 0
+    seen.clear()
+    assert cli("eval", *asked, "--adapter", "runs/mine-s-grpo", "--limit", 2)[0] == 0
+    assert set(seen) == {1}
+
+
 def test_a_folder_that_cannot_be_written(cli):
     Path("runs").write_text("in the way")
     code, text = cli("train", "svamp", *FAST)
