@@ -1903,7 +1903,7 @@ def merge(
     merged = load_adapter(model, run, "adapter").merge_and_unload(safe_merge=True).to(stored_dtype(name))
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if (own := Path(source_of(name)[0]) / "prompt.txt").is_file():
+    if (own := Path(base_of(model).name_or_path) / "prompt.txt").is_file():
         shutil.copy(own, out)
     console.print(f"Written: {out}, {gigabytes(sum(p.numel() * p.element_size() for p in merged.parameters()))} in "
                   f"{str(merged.dtype).split('.')[1]}\nCheck it: python tokenrl.py eval TASK --model {out}",
