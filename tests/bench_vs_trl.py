@@ -170,7 +170,47 @@ def run_tokenrl(job: dict, policy, settings, warm: list[dict], groups: list[dict
         start = meter.now()
         sampled = sample(job["max_new_tokens"])
         result |= rollout_result(meter.now() - start, groups, sum(sampled, []))
-    return result
+    return result | (products_alone(policy.model, result, meter) if job["case"] == "main" else {})
+
+
+def products_alone(model, result: dict, meter: Meter) -> dict:
+    """Seconds that the matrix products of the update, and of the rollout, take by themselves, the best of three passes:
+    the model's own weights, torch's own kernels, and the numbers of rows that the update packed and the rollout decoded
+    together. Nothing that is made of these products can be faster."""
+    torch, base, inputs = tokenrl.torch, tokenrl.base_of(model), {}  # inputs by shape
+    head, forward, backward = base.get_output_embeddings().weight, [], []
+    for layer in base.get_decoder().layers:
+        weights = [p for p in layer.parameters() if p.dim() == 2 and not p.requires_grad]
+        forward += weights
+        if backward or any(p.requires_grad for p in layer.parameters()):  # from the first layer with LoRA on
+            backward += [weight.T for weight in weights]
+
+    def multiply(weights: list, rows: int) -> None:
+        for weight in weights:
+            shape = (rows, weight.shape[1])
+            if shape not in inputs:
+                inputs[shape] = torch.ones(shape, dtype=base.dtype, device=base.device)
+            torch.nn.functional.linear(inputs[shape], weight)
+
+    def update() -> None:
+        for tokens, rows in result["packs"]:
+            multiply(forward + backward, tokens)
+            for start in range(0, rows, tokenrl.TRAINED_ROWS):
+                multiply([head, head.T], min(tokenrl.TRAINED_ROWS, rows - start))
+
+    def rollout() -> None:
+        multiply(forward, result["prompt_tokens"])
+        for rows in decoded_rows(result):
+            multiply([*forward, head], rows)
+
+    def seconds(work) -> float:
+        start = meter.now()
+        work()
+        return meter.now() - start
+
+    with torch.inference_mode():
+        return {f"{work.__name__}_products_s": min(seconds(work) for _ in range(3))
+                for work in ([update, rollout] if "lengths" in result else [update])}
 
 
 def lora_gradient(model):
@@ -328,13 +368,17 @@ def update_bound(result: dict, limit: dict) -> float:
     return (tokens * 2 * (limit["layers"] + limit["upper"]) + rows * 4 * limit["head"]) / limit["rates"]["1024"]
 
 
+def decoded_rows(result: dict) -> list[int]:
+    """How many completions are still going, for each position after the first."""
+    return [sum(length > position for length in result["lengths"]) for position in range(1, max(result["lengths"]))]
+
+
 def rollout_bound(result: dict, limit: dict) -> float:
     """Prompts at the best rate; then for each decoded position either reading all weights or multiplying them by the
     rows that are still going, whichever takes longer. Left out: the cache of keys and values, the sampling itself."""
     weights, seconds = limit["layers"] + limit["head"], result["prompt_tokens"] * 2 * limit["layers"]
     seconds /= limit["rates"]["1024"]
-    for position in range(1, max(result["lengths"])):
-        rows = sum(length > position for length in result["lengths"])
+    for rows in decoded_rows(result):
         rate = next(limit["rates"][size] for size in sorted(limit["rates"], key=int) if int(size) >= min(rows, 1024))
         seconds += max(weights * limit["bytes"] / limit["bandwidth"], rows * 2 * weights / rate)
     return seconds
@@ -389,18 +433,21 @@ def limit_table(main: dict[str, list[dict]], limit: dict) -> Table:
     """Fractions are medians over the repetitions; TRL's update is held against what its own method, grpo, needs."""
     title = (f"limit: {limit['rates']['1024'] / 1e9:,.0f} GFLOP/s at 1024 rows, {limit['bandwidth'] / 1e9:.1f} GB/s "
              f"({limit['dtype']}, threads: {limit['threads']})")
-    table = Table("", title=title, title_justify="left")
-    for column in ("update at least s", "of measured", "rollout at least s", "of measured"):
+    table = Table("seconds", "", title=title, title_justify="left")
+    for column in ("measured", "limit", "limit / measured", "products alone", "products / measured"):
         table.add_column(column, justify="right")
-    for engine, results in main.items():
-        cells = []
-        for key, bound, needs in (("update_s", update_bound, main["grpo"] if engine in TRL else results),
-                                  ("rollout_s", rollout_bound, results)):
-            bounds = values(needs, lambda result: bound(result, limit))  # noqa: B023
-            measured = values(results, lambda result: result[key])  # noqa: B023
-            cells += ["-", "-"] if str in (type(bounds), type(measured)) else [
-                number(statistics.median(bounds)), f"{statistics.median(b / m for b, m in zip(bounds, measured)):.0%}"]
-        table.add_row(TRL.get(engine, engine), *cells)
+    for work, bound, engines in (("update", update_bound, main), ("rollout", rollout_bound, ("trl", "grpo"))):
+        for engine in engines:
+            needs = main["grpo" if work == "update" and engine in TRL else engine]
+            measured = values(main[engine], lambda result: result[f"{work}_s"])  # noqa: B023
+            cells = [measured if isinstance(measured, str) else number(statistics.median(measured))]
+            for least in (values(needs, lambda result: bound(result, limit)),  # noqa: B023
+                          values(main[engine], lambda result: result[f"{work}_products_s"])):  # noqa: B023
+                cells += ["-", "-"] if str in (type(least), type(measured)) else [
+                    number(statistics.median(least)),
+                    f"{statistics.median(b / m for b, m in zip(least, measured)):.0%}"]
+            table.add_row(work if engine == "trl" else "", TRL.get(engine, engine), *cells)
+        table.add_section()
     return table
 
 
