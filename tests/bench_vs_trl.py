@@ -6,7 +6,7 @@
 
 Every measurement is a fresh process, so that no engine's memory or caches touch another's; the engines take turns.
 Three tables: update, memory, rollout and whole step, with ratios; growth with group, completion and prompt length; and
-how far each is from what the machine's own matrix rate and memory bandwidth allow.
+how far each is from what the machine's own matrix rate and memory bandwidth allow, and torch's kernels by themselves.
 """
 import contextlib
 import gc
@@ -170,31 +170,45 @@ def run_tokenrl(job: dict, policy, settings, warm: list[dict], groups: list[dict
         start = meter.now()
         sampled = sample(job["max_new_tokens"])
         result |= rollout_result(meter.now() - start, groups, sum(sampled, []))
-    return result | (products_alone(policy.model, result, meter) if job["case"] == "main" else {})
+    return result | (kernels_alone(policy.model, result, meter) if job["case"] == "main" else {})
 
 
-def products_alone(model, result: dict, meter: Meter) -> dict:
-    """Seconds that the matrix products of the update, and of the rollout, take by themselves, the best of three passes:
-    the model's own weights, torch's own kernels, and the numbers of rows that the update packed and the rollout decoded
-    together. Nothing that is made of these products can be faster."""
+def kernels_alone(model, result: dict, meter: Meter) -> dict:
+    """Seconds that the matrix products and the attention of the update, and the matrix products of the rollout, take by
+    themselves, the best of three passes: the model's own weights, torch's own kernels, and the numbers of rows that the
+    update packed and the rollout decoded together. Nothing that is made of these kernels can be faster."""
     torch, base, inputs = tokenrl.torch, tokenrl.base_of(model), {}  # inputs by shape
-    head, forward, backward = base.get_output_embeddings().weight, [], []
+    config, like = base.config.get_text_config(), {"dtype": base.dtype, "device": base.device}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head, forward, backward, trained = base.get_output_embeddings().weight, [], [], []
     for layer in base.get_decoder().layers:
         weights = [p for p in layer.parameters() if p.dim() == 2 and not p.requires_grad]
         forward += weights
-        if backward or any(p.requires_grad for p in layer.parameters()):  # from the first layer with LoRA on
-            backward += [weight.T for weight in weights]
+        trained.append(bool(backward) or any(p.requires_grad for p in layer.parameters()))  # from the first with LoRA
+        backward += [weight.T for weight in weights if trained[-1]]
 
     def multiply(weights: list, rows: int) -> None:
         for weight in weights:
             shape = (rows, weight.shape[1])
             if shape not in inputs:
-                inputs[shape] = torch.ones(shape, dtype=base.dtype, device=base.device)
+                inputs[shape] = torch.ones(shape, **like)
             torch.nn.functional.linear(inputs[shape], weight)
+
+    def attend(tokens: int) -> None:  # a mask as dense as a pack's; keys repeated for all heads
+        mask = torch.full((1, 1, tokens, tokens), torch.finfo(base.dtype).min, **like).triu(1)
+        qkv = torch.ones(3, 1, config.num_attention_heads, tokens, width, **like).unbind()
+        for learns in trained:
+            with torch.set_grad_enabled(learns):
+                for x in qkv:
+                    x.requires_grad_(learns)
+                out = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask)
+            if learns:
+                torch.autograd.grad(out, qkv, out)
 
     def update() -> None:
         for tokens, rows in result["packs"]:
             multiply(forward + backward, tokens)
+            attend(tokens)
             for start in range(0, rows, tokenrl.TRAINED_ROWS):
                 multiply([head, head.T], min(tokenrl.TRAINED_ROWS, rows - start))
 
@@ -208,8 +222,8 @@ def products_alone(model, result: dict, meter: Meter) -> dict:
         work()
         return meter.now() - start
 
-    with torch.inference_mode():
-        return {f"{work.__name__}_products_s": min(seconds(work) for _ in range(3))
+    with torch.no_grad():
+        return {f"{work.__name__}_kernels_s": min(seconds(work) for _ in range(3))
                 for work in ([update, rollout] if "lengths" in result else [update])}
 
 
@@ -430,11 +444,12 @@ def growth_table(growth: dict[str, dict[str, dict]]) -> Table:
 
 
 def limit_table(main: dict[str, list[dict]], limit: dict) -> Table:
-    """Fractions are medians over the repetitions; TRL's update is held against what its own method, grpo, needs."""
+    """Fractions are medians over the repetitions; TRL's update is held against what its own method, grpo, needs.
+    For the kernels alone see kernels_alone."""
     title = (f"limit: {limit['rates']['1024'] / 1e9:,.0f} GFLOP/s at 1024 rows, {limit['bandwidth'] / 1e9:.1f} GB/s "
              f"({limit['dtype']}, threads: {limit['threads']})")
     table = Table("seconds", "", title=title, title_justify="left")
-    for column in ("measured", "limit", "limit / measured", "products alone", "products / measured"):
+    for column in ("measured", "limit", "limit / measured", "kernels alone", "kernels / measured"):
         table.add_column(column, justify="right")
     for work, bound, engines in (("update", update_bound, main), ("rollout", rollout_bound, ("trl", "grpo"))):
         for engine in engines:
@@ -442,7 +457,7 @@ def limit_table(main: dict[str, list[dict]], limit: dict) -> Table:
             measured = values(main[engine], lambda result: result[f"{work}_s"])  # noqa: B023
             cells = [measured if isinstance(measured, str) else number(statistics.median(measured))]
             for least in (values(needs, lambda result: bound(result, limit)),  # noqa: B023
-                          values(main[engine], lambda result: result[f"{work}_products_s"])):  # noqa: B023
+                          values(main[engine], lambda result: result[f"{work}_kernels_s"])):  # noqa: B023
                 cells += ["-", "-"] if str in (type(least), type(measured)) else [
                     number(statistics.median(least)),
                     f"{statistics.median(b / m for b, m in zip(least, measured)):.0%}"]
