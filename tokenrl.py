@@ -1176,29 +1176,31 @@ def load_state(run: Path, model, optimizer) -> int:
 def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0,
              advance: Callable[[int], None] = lambda n: None, stop: list = ()) -> list[dict]:
     """One record per problem: the greedy completion and whether it is right, and with `samples` > 0 how many of that
-    many samples at settings.temperature are right. Several processes share the problems."""
-    records: list[dict] = []
+    many samples at settings.temperature are right. `advance` is told of completions. Several processes share the
+    problems."""
     rank, world = processes()
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))[rank::world]
-    width = max(1, settings.batch_rows // max(1, samples))
-    for start in range(0, len(order), width):
-        chunk = [problems[i] for i in order[start:start + width]]
-        prompts = [policy.prompt_ids(problem.question) for problem in chunk]
-        common = dict(stop=policy.stop, max_new_tokens=settings.max_new_tokens, rows=settings.batch_rows,
-                      seed=settings.seed + start)
-        greedy = sample(policy.model, policy.tokenizer, prompts, 1, temperature=0, **common)
-        sampled = [[]] * len(chunk) if not samples else sample(
-            policy.model, policy.tokenizer, prompts, samples, temperature=settings.temperature, **common)
-        for i, problem, [completion], group in zip(order[start:], chunk, greedy, sampled):
-            records.append({
-                "index": i, **asdict(problem), "completion": policy.text(completion),
-                "correct": policy.reward(problem, completion) == 1, "length": len(completion),
-                "truncated": not policy.finished(completion), "samples": len(group),
-                "samples_correct": sum(policy.reward(problem, c) == 1 for c in group),
-                **({"metric": policy.metric(policy.text(completion), problem.answer)} if policy.metric else {})})
-        advance(len(chunk) * world)
-        if stop:
-            raise KeyboardInterrupt
+    answers: dict[int, list[list[int]]] = {i: [] for i in order}  # the greedy completion, then the samples
+    for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
+        width = max(1, settings.batch_rows // count)
+        for start in range(0, len(order), width):
+            chunk = order[start:start + width]
+            groups = sample(policy.model, policy.tokenizer, [policy.prompt_ids(problems[i].question) for i in chunk],
+                            count, stop=policy.stop, max_new_tokens=settings.max_new_tokens, temperature=temperature,
+                            rows=settings.batch_rows, seed=settings.seed + start)
+            for i, group in zip(chunk, groups):
+                answers[i] += group
+            advance(len(chunk) * count * world)
+            if stop:
+                raise KeyboardInterrupt
+    records = []
+    for i, (greedy, *sampled) in answers.items():
+        text, problem = policy.text(greedy), problems[i]
+        records.append({
+            "index": i, **asdict(problem), "completion": text, "correct": policy.reward(problem, greedy) == 1,
+            "length": len(greedy), "truncated": not policy.finished(greedy), "samples": len(sampled),
+            "samples_correct": sum(policy.reward(problem, completion) == 1 for completion in sampled),
+            **({"metric": policy.metric(text, problem.answer)} if policy.metric else {})})
     return sorted(sum(gather(records), []), key=lambda record: record["index"])
 
 
@@ -1526,7 +1528,7 @@ def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, 
     if done := [row for row in old if row["phase"] == phase]:
         return done
     with bar("evaluating") as progress:
-        task = progress.add_task("", total=len(problems))
+        task = progress.add_task("", total=len(problems) * (1 + settings.eval_samples))
         records = evaluate(policy, problems, settings, settings.eval_samples, lambda n: progress.advance(task, n), stop)
     records = [{"phase": phase, **record} for record in records]
     if main_process():
@@ -1709,7 +1711,7 @@ def eval_command(
         policy.model = load_adapter(policy.model, Path(folder), name)
     results, rows = {}, []
     with bar("evaluating") as progress:
-        bar_id = progress.add_task("", total=len(problems) * (1 + len(adapters)))
+        bar_id = progress.add_task("", total=len(problems) * (1 + len(adapters)) * (1 + samples))
         for label, name in {"base": "", **adapters}.items():
             if name:
                 policy.model.set_adapter(name)

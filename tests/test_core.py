@@ -431,6 +431,24 @@ def test_stop_text_ends_a_completion(words):
     assert words.decode(stopped[0]).rstrip() == text[:text.index(stop) + len(stop)].rstrip()
 
 
+def test_samples_leave_the_greedy_batches_as_they_are(words, monkeypatch):
+    """In bfloat16 the width of a batch decides close calls: greedy accuracy must not depend on how many are sampled."""
+    words.encode = lambda text: [int(token) for token in text.split()]
+    policy = tokenrl.Policy(random_model("qwen2"), words, "{question}")
+    problems = [tokenrl.Problem(f"{2 + i} {2 + 7 * i % 90}", "1") for i in range(50)]
+    settings = SimpleNamespace(batch_rows=20, max_new_tokens=8, temperature=1.0, seed=0)
+    asked, told, plain = [], [], tokenrl.sample
+    monkeypatch.setattr(tokenrl, "sample", lambda model, tokenizer, prompts, count, **rest: asked.append(
+        (prompts, count, rest["temperature"])) or plain(model, tokenizer, prompts, count, **rest))
+    alone = tokenrl.evaluate(policy, problems, settings)
+    greedy, asked[:] = list(asked), []
+    beside = tokenrl.evaluate(policy, problems, settings, samples=5, advance=told.append)
+    assert [call for call in asked if call[2] == 0] == greedy
+    assert all(len(prompts) * count <= 20 for prompts, count, _ in asked)
+    assert [record["completion"] for record in beside] == [record["completion"] for record in alone]
+    assert {record["samples"] for record in beside} == {5} and sum(told) == 50 * (1 + 5)
+
+
 def test_the_same_seed_gives_the_same_samples(words):
     model = random_model("qwen2")
     draw = lambda seed: tokenrl.sample(model, words, [[5, 6], [7]], 4, max_new_tokens=9, seed=seed)  # noqa: E731
