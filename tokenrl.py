@@ -18,7 +18,8 @@ method is the same program with another credit function, which gives a weight to
 
     GRPO     sum over completions i through n of  A_i / (G * len_i),   A_i = (R_i - mean R) / (std R + eps)
     S-GRPO   the same over a random subset T_i of positions: t < alpha always, the others with probability p
-    T-SPMO   mean R of the completions through n  -  mean R of those through its parent,  / number of such nodes
+    T-SPMO   mean R of the completions through n  -  mean R of those through its parent,  / number of nodes with credit
+             (by default on pi instead of log pi, see pack_loss)
 
 Only ancestors of weighted nodes need a forward pass and only their parents need logits, so the prompt and the needed
 nodes go through the model as ONE sequence in which each token sees its ancestors. That is exact, not approximate.
@@ -128,9 +129,10 @@ class Problem:
 # A minus counts as a sign only where it cannot be a subtraction: "3-2" holds 3 and 2, "= -2" holds -2.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}.%])[-\u2212])?(?:[$€£]\s?)?(?<![\w.])(?P<sign2>(?<=[$€£])-)?"
-    r"(?:(?P<whole>\d+)\s(?=\d+/\d))?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?(?:/(?P<under>\d+))?",
+    r"(?:(?P<whole>\d+)[ ](?=\d+/\d))?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?"
+    r"(?:/(?P<under>\d+))?",
     re.ASCII)
-_MARK = re.compile(r"####|\\boxed\{|\banswer(?: is|:| =)", re.IGNORECASE)
+_MARK = re.compile(r"####|\\boxed\{|\banswer(?: is:?|:| =)", re.IGNORECASE)
 
 
 def _numbers(text: str) -> Iterator[Fraction]:
@@ -165,10 +167,11 @@ def number_reward(text: str, answer: str) -> float:
 
 def exact_reward(text: str, answer: str) -> float:
     """1.0 if the final answer of `text` is the text `answer`, else 0.0. The final answer is the rest of the line after
-    the last mark (see extract_number), or the last line; capitals and a closing full stop do not count."""
+    the last mark (see extract_number), or the last line; capitals, quotes, Markdown's marks and a closing full stop do
+    not count."""
     marks = list(_MARK.finditer(text))
     lines = text[marks[-1].end():].lstrip().split("\n") if marks else text.strip().split("\n")[-1:]
-    found, wanted = (t.strip().rstrip("}.").strip().casefold() for t in (lines[0], answer))
+    found, wanted = (t.strip(" \t*_`'\"").rstrip("}.").strip(" \t*_`'\"").casefold() for t in (lines[0], answer))
     return float(found == wanted)
 
 
@@ -189,11 +192,11 @@ def reward_function(option: str) -> Callable[[str, str], float]:
         raise UserError(f"{option!r} is not a reward; use number, exact, regex:PATTERN or FILE.py:function.")
     read_text(Path(path))
     try:
-        function = runpy.run_path(path)[name]
-    except KeyError:
-        raise UserError(f"{path} defines no function {name!r}.") from None
+        defined = runpy.run_path(path)
     except Exception as error:
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
+    if not callable(function := defined.get(name)):
+        raise UserError(f"{path} defines no function {name!r}.")
 
     def checked(text: str, answer: str) -> float:
         try:
@@ -248,6 +251,7 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
 
 def to_problem(row: dict, question: str, answer: str, numeric: bool) -> Problem | str:
     """The problem in a row, or the reason why there is none; `numeric`: the answer must be a number."""
+    # Through bytes and back: half a surrogate pair, which JSON can escape, cannot be written to a file again.
     asked, wanted, kind = ("" if row.get(key) is None else str(row[key]).encode(errors="replace").decode().strip()
                            for key in (question, answer, "type"))
     if not asked or not wanted:
@@ -352,16 +356,18 @@ def file_problems(path: Path, question: str, answer: str, numeric: bool) -> tupl
 
 def write_task(name: str, problems: list[Problem], examples: list[dict], test_share: float, seed: int,
                data_dir: Path) -> tuple[int, int]:
-    """Split at random and write data_dir/name/{train,test,examples}.jsonl; returns the two sizes."""
+    """Split at random and write data_dir/name/{train,test,examples}.jsonl; returns the two sizes. Worked examples that
+    are there already may be the user's own, and are kept."""
     problems = random.Random(seed).sample(problems, len(problems))
     cut = len(problems) - round(len(problems) * test_share)
     if not 0 < cut < len(problems):
         raise UserError(f"{len(problems)} usable problems are too few to split into train and test.")
     folder = data_dir / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file, rows in (("train", map(asdict, problems[:cut])), ("test", map(asdict, problems[cut:])),
-                       ("examples", examples)):
-        write_jsonl(folder / f"{file}.jsonl", rows)
+    if not (folder / "examples.jsonl").exists():
+        write_jsonl(folder / "examples.jsonl", examples)
+    write_jsonl(folder / "test.jsonl", map(asdict, problems[cut:]))
+    write_jsonl(folder / "train.jsonl", map(asdict, problems[:cut]))  # last: where it is, the task is whole
     return cut, len(problems) - cut
 
 
@@ -370,7 +376,7 @@ def write_jsonl(path: Path, rows) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may prepare the same task
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -434,7 +440,8 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str, stored) -> object:
-    """The dtype to compute in; `stored` is the checkpoint's own. Auto: bfloat16 where the hardware multiplies it."""
+    """The dtype to compute in; `stored` is the checkpoint's own. Auto: float32 for a checkpoint in float32, for others
+    bfloat16 where the hardware multiplies it."""
     if dtype != "auto":
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16.")
@@ -444,8 +451,7 @@ def pick_dtype(dtype: str, device: str, stored) -> object:
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device == "cpu" and any(on for name, on in torch.cpu.get_capabilities().items()
-                                       if name in ("avx512_bf16", "amx_bf16"))
+        fast = device == "cpu" and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -470,23 +476,26 @@ def stored_dtype(name: str):
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     """(model, tokenizer) of a hub id, a local folder, or a .gguf file (needs the `gguf` package)."""
-    path, (name, options) = Path(name), source_of(name)
+    source, options = source_of(name)
+    local = Path(source).exists()
     if not console.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of .gguf files; the next lines cannot reach them
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    if local or not console.is_terminal:  # a download is long
+        transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         device = pick_device(device)
-        kind = pick_dtype(dtype, device, stored_dtype(str(path)))
+        kind = pick_dtype(dtype, device, stored_dtype(name))
         if options:  # LoRA needs plain weights
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=kind, **options).to(device)
-    except (OSError, ValueError, KeyError) as error:
-        if not path.exists() and not Path(name).exists():
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options).to(device)
+    except (OSError, ValueError, KeyError, ImportError, _Lazy("safetensors").SafetensorError) as error:
+        if not local:
             raise UserError(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
-                            "the spelling and the network, or give the path of a downloaded folder.") from None
-        raise UserError(f"{path} does not hold a model that can be loaded: {first_line(error)}") from None
+                            "the spelling and the network, or give the path of a downloaded folder. The hub's client "
+                            f"says: {first_line(error)}") from None
+        raise UserError(f"{name} does not hold a model that can be loaded: {first_line(error)}") from None
     model.eval()  # no dropout: the log-probs that are trained must be those that were sampled from
     return model, tokenizer
 
@@ -500,7 +509,11 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, c
     """LoRA on `targets` of the last `layer_share` of the layers; the layers below store no activations."""
     layers = base_of(model).config.get_text_config().num_hidden_layers
     first = layers - max(1, round(layers * layer_share))
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM",
+    wanted, modules = [target.strip() for target in targets.split(",")], [name for name, _ in model.named_modules()]
+    for target in wanted:  # peft complains only when it finds none of them
+        if not any(name.endswith("." + target) for name in modules):
+            raise UserError(f"--lora-targets: this model has no module {target!r}.")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted, task_type="CAUSAL_LM",
                              layers_to_transform=list(range(first, layers)))
     try:
         model = peft.get_peft_model(model, config)
@@ -526,9 +539,10 @@ def adapter_base(folder: Path) -> str:
         raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
 
 
-def load_adapter(model, folder: Path, name: str):
-    """The model with one more adapter, read from a run's folder. Errors if it was made for another base model."""
-    made_for, given = adapter_base(folder), base_of(model).name_or_path
+def load_adapter(model, folder: Path, name: str, given: str):
+    """The model, which the user named `given`, with one more adapter, read from a run's folder. Errors if that was made
+    for another base model."""
+    made_for = adapter_settings(folder)["model"]
     if Path(made_for).name != Path(given).name:
         raise UserError(f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model.")
     try:
@@ -536,15 +550,15 @@ def load_adapter(model, folder: Path, name: str):
             model.load_adapter(str(folder), adapter_name=name)
             return model
         return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, _Lazy("safetensors").SafetensorError) as error:
         raise UserError(f"The adapter in {folder} does not fit {given}: {first_line(error)}") from None
 
 
 def end_tokens(model, tokenizer=None) -> set[int]:
     """Every end token that the generation config, the config or the tokenizer knows: they do not always agree."""
     base, found = base_of(model), set()
-    for value in (getattr(base, "generation_config", None) and base.generation_config.eos_token_id,
-                  base.config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
+    for knows in (getattr(base, "generation_config", None), base.config.get_text_config(), tokenizer):
+        value = getattr(knows, "eos_token_id", None)
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return found
 
@@ -553,10 +567,10 @@ def choose_prompt(option: str, model, tokenizer) -> str:
     """"chat", "plain", or the text of a template. Auto: the model folder's own prompt.txt if there is one, else chat
     for chat models. Base checkpoints ship chat templates too, so a chat model is one that also stops, by its own
     configuration, at the token with which its template ends a turn."""
+    own = Path(base_of(model).name_or_path) / "prompt.txt"
+    if option == "auto" and own.is_file():
+        option = str(own)
     if option == "auto":
-        own = Path(base_of(model).name_or_path) / "prompt.txt"
-        if own.is_file():
-            return read_text(own)
         if not getattr(tokenizer, "chat_template", None):
             return "plain"
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
@@ -579,12 +593,12 @@ def peak_memory(device: str, reset: bool = False) -> int:
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
-    if device == "mps":
+    if device.startswith("mps"):
         return torch.mps.driver_allocated_memory()
     if reset:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):  # some containers do not tell
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     with contextlib.suppress(ImportError):  # macOS counts bytes; Windows has no such module
         return importlib.import_module("resource").getrusage(0).ru_maxrss
@@ -615,7 +629,7 @@ def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, m
 
     A completion is drawn from softmax(logits / temperature) and nothing else (temperature 0: the most likely token).
     It ends with, and keeps, the first token in `ends` (default: all that the model or tokenizer knows), or the token
-    that completes the text `stop`, or at `max_new_tokens`. At most about `rows` completions are decoded at a time.
+    that completes the text `stop`, or at `max_new_tokens`. At most `rows` completions are decoded at a time.
     """
     ends = end_tokens(model, tokenizer) if ends is None else ends
     generator = torch.Generator(base_of(model).device).manual_seed(seed)
@@ -625,10 +639,11 @@ def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, m
     with torch.inference_mode():
         for start in range(0, len(order), width):
             chunk = order[start:start + width]
-            done = _sample_batch(model, tokenizer, [prompts[i] for i in chunk], group_size, max_new_tokens,
-                                 temperature, stop, ends, generator)
-            for i, group in zip(chunk, done):
-                result[i] = group
+            for done in range(0, group_size, rows):
+                groups = _sample_batch(model, tokenizer, [prompts[i] for i in chunk], min(rows, group_size - done),
+                                       max_new_tokens, temperature, stop, ends, generator)
+                for i, group in zip(chunk, groups):
+                    result[i] += group
     return result
 
 
@@ -1028,7 +1043,8 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
     add_gradients(params)
     if trained and settings.l2:
         (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
-    norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], settings.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None],
+                                                settings.max_grad_norm or math.inf))
     skipped = not math.isfinite(norm)
     if trained and not skipped:
         for group in optimizer.param_groups:
@@ -1039,8 +1055,9 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
 
 
 def processes() -> tuple[int, int]:
-    """(number of this process, number of processes): (0, 1) unless started by torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(number of this process, number of processes): (0, 1) unless join_processes has connected several."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
 
 
 def main_process() -> bool:
@@ -1152,7 +1169,9 @@ def save_run(run: Path, model, optimizer, step: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(str(temporary), save_embedding_layers=False)  # "auto" would ask the hub
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "weights": weights}, temporary / "state.pt")
+    state = io.BytesIO()  # torch.save into a file does not say so when the disk is full
+    torch.save({"step": step, "optimizer": optimizer.state_dict(), "weights": weights}, state)
+    (temporary / "state.pt").write_bytes(state.getvalue())
     for name in ("adapter_config.json", "adapter_model.safetensors", "state.pt"):
         os.replace(temporary / name, run / name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -1160,8 +1179,9 @@ def save_run(run: Path, model, optimizer, step: int) -> None:
 
 def load_state(run: Path, model, optimizer) -> int:
     """Put model and optimizer back to the saved step, if there is one, cut the metrics there, and return the step."""
-    state = torch.load(run / "state.pt", weights_only=True) if (run / "state.pt").exists() else {"step": 0}
-    if state["step"]:
+    path, state = run / "state.pt", {"step": 0}
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -1265,22 +1285,27 @@ Temperature = Annotated[float, option("Samples come from softmax(logits / temper
 Reward = Annotated[str, option("number, exact (as text), regex:PATTERN with {answer} in it, or FILE.py:function, which "
                                "is given completion and answer.", panel="Data")]
 Metric = Annotated[str, option("A KPI to report beside the reward when evaluating; same forms.", panel="Data")]
-GroupSize = Annotated[int, option("Completions sampled per problem (G).", panel="Rollout")]
+GroupSize = Annotated[int, option("Completions sampled per problem (G), which are compared with each other.",
+                                  panel="Rollout", min=2)]
 Alpha = Annotated[int, option("s-grpo: the first ALPHA tokens are always trained ...", panel="Credit", min=0)]
 P = Annotated[float, option("... and each later one with this probability.", panel="Credit", min=0, max=1)]
 Seed = Annotated[int, option("Fixes the order of problems, the samples and the adapter's start.", panel="Run")]
 
 
+def is_bundled(model: str) -> bool:
+    return Path(model).resolve() == DATA / "demo"
+
+
 def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
     score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
-    bundled, task, names = str(DATA / "demo"), settings.task, [settings.model]
+    task, names = settings.task, [settings.model]
     if settings.model == "auto":
         real = task != "svamp" or pick_device(settings.device).startswith("cuda")
-        names = [DEFAULT_MODEL] * real + [bundled] * (task == "svamp")
+        names = [DEFAULT_MODEL] * real + [str(DATA / "demo")] * (task == "svamp")
     reason = "No CUDA GPU here"
     for name in names:
-        demo = name == bundled and task == "svamp"  # the small model has never seen the words of the real SVAMP
+        demo = task == "svamp" and is_bundled(name)  # it has never seen the words of the real SVAMP
         if demo and settings.model == "auto":
             console.print(f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
                           "problems.\nFor the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.",
@@ -1301,7 +1326,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             continue
         settings.model = name
         form = choose_prompt(settings.prompt, model, tokenizer)
-        return Policy(model, tokenizer, form, examples[:settings.shots], score, metric or None), train_set, test_set
+        return Policy(model, tokenizer, form, examples[:settings.shots], score, metric), train_set, test_set
 
 
 @app.command()
@@ -1330,11 +1355,13 @@ def prep(
     if not re.fullmatch(r"[\w.-]+", name) or name == "demo":
         raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
     examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
+    kept = (data_dir / name / "examples.jsonl").exists()
     train_size, test_size = write_task(name, problems, examples, test_share, seed, data_dir)
     console.print(pairs_table(name, [
         ("read", f"{len(problems) + sum(rejected.values()):,}"),
         ("train", f"{train_size:,}"), ("test", f"{test_size:,}"),
-        *((f"rejected: {reason}", f"{number:,}") for reason, number in rejected.items())]))
+        *((f"rejected: {reason}", f"{number:,}") for reason, number in rejected.items()),
+        *[("worked examples", "kept as they were")] * kept]))
     more = "" if reward == "number" else f" --reward {reward}"
     console.print(f"Next: python tokenrl.py train {name}{more}", highlight=False)
 
@@ -1366,7 +1393,8 @@ def train_command(
                                            "share not counted; less needs less memory.", panel="Update", min=1)] = 1024,
     checkpointing: Annotated[bool, option("Compute activations again in the backward pass: less memory, more time.",
                                           "--checkpointing", panel="Update")] = False,
-    max_grad_norm: Annotated[float, option("Gradients are clipped to this norm.", panel="Update", min=0)] = 1.0,
+    max_grad_norm: Annotated[float, option("Gradients are clipped to this norm, unless 0.", panel="Update",
+                                           min=0)] = 1.0,
     name: Annotated[str, option("The run's folder in runs/.", panel="Run", show_default="TASK-METHOD")] = "",
     resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
     save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
@@ -1381,12 +1409,10 @@ def train_command(
     settings = SimpleNamespace(**{k: v for k, v in given.items() if k not in ("resume", "dry_run", "name")})
     if resume:
         resume_settings(settings, resume, on_command_line(context))
-    if settings.group_size < 2:
-        raise UserError("--group-size must be at least 2: an advantage compares completions of the same problem.")
     settings.device = join_processes(settings.device)
     policy, train_set, test_set = find_policy(settings)
     if settings.lr is None:  # small models need larger steps
-        settings.lr = 3e-3 if settings.model == str(DATA / "demo") else 1e-3
+        settings.lr = 3e-3 if is_bundled(settings.model) else 1e-3
     torch.manual_seed(settings.seed)
     policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
                             settings.lora_layers, settings.checkpointing)
@@ -1394,7 +1420,8 @@ def train_command(
     longest = max(train_set + test_set, key=lambda problem: len(problem.question))
     check_window(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
     if dry_run:
-        return show_dry_run(policy, train_set, settings)
+        show_dry_run(policy, train_set, settings)
+        return leave_processes()
     run = resume or gather(main_process() and new_run(name or f"{task}-{settings.method}", settings))[0]
     show_start(policy, settings, run, train_set, test_set)
     train_and_compare(policy, train_set, test_set[:settings.eval_problems or None], settings, run)
@@ -1403,14 +1430,14 @@ def train_command(
 
 def join_processes(device: str) -> str:
     """Under torchrun, connect the processes and let only the first one speak; returns the device of this process."""
-    if processes()[1] == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
-    console.quiet = not main_process()
     device = pick_device(device)
     if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")  # refused where there are fewer GPUs than processes
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    console.quiet = not main_process()
     return device
 
 
@@ -1446,7 +1473,10 @@ def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) 
 def saved_settings(run: Path) -> dict:
     """The settings in a run's config.json; empty if there is none."""
     path = run / "config.json"
-    saved = json.loads(read_text(path))["settings"] if path.exists() else {}
+    try:
+        saved = json.loads(read_text(path)).get("settings", {}) if path.exists() else {}
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is not the config.json of a run.") from None
     return {key: Path(value) if key == "data_dir" else value for key, value in saved.items()}
 
 
@@ -1502,7 +1532,7 @@ def catch_signals():
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
-        console.print("Finishing this step, then saving (press again to give up at once) ...")
+        console.print("Stopping after this step or batch (press again to give up at once) ...")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1591,8 +1621,7 @@ def live_table(steps: int, device: str):
 
 def show_start(policy: Policy, settings, run: Path, train_set, test_set) -> None:
     base = base_of(policy.model)
-    trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in policy.model.parameters())
+    trainable, total = policy.model.get_nb_trainable_parameters()
     kind = policy.prompt if policy.prompt in ("chat", "plain") else "template"
     console.print(f"[bold]{settings.method}[/] on {settings.task}: {len(train_set)} train and {len(test_set)} test "
                   f"problems, {settings.prompts_per_step} x {settings.group_size} completions a step\n"
@@ -1626,7 +1655,8 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
             rows["mean of --metric"].append(f"{sum(r['metric'] for r in records) / total:.3f}")
         kinds = Counter(record["type"] for record in records)
         for kind, count in sorted(kinds.items()) if 1 < len(kinds) < 10 else []:
-            rows[f"{kind or 'no type'} ({count})"].append(f"{accuracy([r for r in records if r['type'] == kind]):.1%}")
+            own = [record for record in records if record["type"] == kind]
+            rows[f"{escape(kind) or 'no type'} ({count})"].append(f"{accuracy(own):.1%}")
     for label, cells in rows.items():
         table.add_row(label, *cells)
     return table
@@ -1689,7 +1719,8 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
 def eval_command(
     context: typer.Context,
     task: Task,
-    adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again.", panel="Model")] = None,
+    adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again. All are asked as the "
+                                                         "first was trained.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     reward: Reward = "number", metric: Metric = "",
@@ -1701,6 +1732,8 @@ def eval_command(
     seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     adapters = {str(folder): f"adapter{i}" for i, folder in enumerate(adapter or [])}
     settings = SimpleNamespace(**context.params)
     if adapters:
@@ -1708,7 +1741,7 @@ def eval_command(
     policy, _, problems = find_policy(settings)
     problems = problems[:limit or None]
     for folder, name in adapters.items():
-        policy.model = load_adapter(policy.model, Path(folder), name)
+        policy.model = load_adapter(policy.model, Path(folder), name, settings.model)
     results, rows = {}, []
     with bar("evaluating") as progress:
         bar_id = progress.add_task("", total=len(problems) * (1 + len(adapters)) * (1 + samples))
@@ -1754,10 +1787,10 @@ def inspect_command(
     settings.metric = ""  # there is no evaluation here
     policy, problems, _ = find_policy(settings)
     if adapter:
-        policy.model = load_adapter(policy.model, adapter, "adapter")
+        policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
     if index is not None and index >= len(problems):
         raise UserError(f"--index {index} is too high: there are {len(problems)} training problems, from 0.")
-    for chosen in range(20) if index is None else [index]:
+    for chosen in range(min(20, len(problems))) if index is None else [index]:
         [rollout] = roll_out(policy, problems[chosen:chosen + 1], [[]], settings, settings.seed)
         if rollout.has_signal:
             break
@@ -1895,14 +1928,21 @@ def save_picture(curves: dict, smoothed: dict, what: str, path: Path) -> None:
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
+    dtype: Annotated[str, option("Of the merged weights: auto (the model's own), float32 or bfloat16. bfloat16 rounds "
+                                 "the update away where it is under a 500th of a weight.", panel="Model")] = "auto",
 ):
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or transformers."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
     name = adapter_settings(run)["model"]
     console.print(f"Loading {name} ...", highlight=False)
-    model, tokenizer = load_model(name, "cpu", "float32")  # bfloat16 would round a small update away
-    merged = load_adapter(model, run, "adapter").merge_and_unload(safe_merge=True).to(stored_dtype(name))
+    model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
+    kind = stored_dtype(name) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
+    merged = load_adapter(model, run, "adapter", name).merge_and_unload(safe_merge=True).to(kind)
+    try:
+        merged.generation_config.validate(strict=True)
+    except ValueError:  # some checkpoints set a temperature without this, and could not be saved
+        merged.generation_config.do_sample = True
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
     if (own := Path(base_of(model).name_or_path) / "prompt.txt").is_file():
@@ -1923,8 +1963,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, UserError):
             sentence = str(error)
         elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            sentence = "The disk is full; what was saved before is intact. Make room and --resume."
-        elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            sentence = "The disk is full; what was saved before is intact. Make room; a training goes on with --resume."
+        elif isinstance(error, MemoryError) or re.search("(out of|can't allocate|not enough) memory", str(error)):
             sentence = ("Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
                         "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.")
         elif isinstance(error, OSError):

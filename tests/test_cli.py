@@ -84,6 +84,9 @@ def test_prep_own_csv_and_jsonl(cli, tmp_path):
     Path("own.jsonl").write_text("".join(json.dumps({"question": f"q{i}", "answer": i}) + "\n" for i in range(4)))
     assert cli("prep", "own.jsonl", "--name", "mine", "--data-dir", "d")[0] == 0
     assert len(rows_of("d/mine/train.jsonl")) == 3
+    Path("d/mine/examples.jsonl").write_text(own := '{"question": "mine", "answer": "1"}\n')
+    assert "kept as they were" in cli("prep", "own.jsonl", "--name", "mine", "--data-dir", "d")[1]
+    assert Path("d/mine/examples.jsonl").read_text() == own  # the user's work
 
 
 @pytest.mark.parametrize("content, arguments, sentence", [
@@ -211,16 +214,16 @@ def test_signals_save_and_exit(tmp_path, number, code):
 
 
 def test_full_disk_keeps_the_last_checkpoint(cli, monkeypatch):
-    save, calls = torch.save, []
+    write, calls = Path.write_bytes, []
 
-    def full(*args, **kwargs):
-        calls.append(1)
+    def full(path, data):
+        calls.append(path.name)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(*args, **kwargs)
-    monkeypatch.setattr(torch, "save", full)
+        return write(path, data)
+    monkeypatch.setattr(Path, "write_bytes", full)
     code, text = cli("train", "svamp", *FAST, "--steps", "4", "--save-every", "2", "--name", "full")
-    assert code == 1 and "The disk is full" in text
+    assert code == 1 and "The disk is full" in text and calls == ["state.pt"] * 2
     assert torch.load("runs/full/state.pt", weights_only=True)["step"] == 2
     assert transformers_weights(Path("runs/full"))
 
@@ -234,23 +237,27 @@ def test_non_finite_steps_stop_the_run(cli, monkeypatch):
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB",
-                                     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"])
+                                     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+                                     "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."])
 def test_out_of_memory(cli, monkeypatch, message):
     def fail(*args, **kwargs):
         raise RuntimeError(message)
     monkeypatch.setattr(tokenrl, "sample", fail)
     code, text = cli("train", "svamp", *FAST, "--dry-run")
-    assert code == 1 and text.index("--batch-rows") < text.index("--max-pack-tokens") < text.index("--max-new-tokens")
+    assert code == 1 and "Out of memory" in text
+    assert text.index("--batch-rows") < text.index("--max-pack-tokens") < text.index("--max-new-tokens")
 
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["train", "swamp"], "There is no task 'swamp'"),
     (["train", "swamp"], "prep YOUR_FILE.csv"),
     (["train", "svamp", "--method", "ppo"], "'ppo' is not one of"),
-    (["train", "svamp", "--group-size", "1"], "--group-size must be at least 2"),
+    (["train", "svamp", "--group-size", "1"], "should be greater than or equal to 2"),
+    (["inspect", "svamp", "--group-size", "0"], "should be greater than or equal to 2"),
     (["train", "svamp", "--prompt", "none.txt"], "There is no file none.txt"),
     (["train", "svamp", "--prompt", "chat"], "has no chat template"),
-    (["train", "svamp", "--lora-targets", "nothing"], "LoRA does not fit this model"),
+    (["train", "svamp", "--lora-targets", "nothing"], "this model has no module 'nothing'"),
+    (["train", "svamp", "--lora-targets", "q_proj, w_proj"], "this model has no module 'w_proj'"),
     (["eval", "svamp", "--adapter", "nowhere"], "nowhere holds no adapter"),
     (["train", "svamp", "--dtype", "int3"], "--dtype"),
     (["train", "svamp", "--device", "abacus"], "--device"),
@@ -331,9 +338,14 @@ def test_a_named_model_is_never_replaced(cli):
     shutil.copytree(DEMO, "d/demo2")
     code, text = cli("train", "demo2", "--model", "Qwen/Qwen2-1.5B", "--data-dir", "d")
     assert code == 1 and "'Qwen/Qwen2-1.5B' is neither a local folder nor could it be had from the hub" in text
+    assert "The hub's client says:" in text
     Path("empty").mkdir()
     code, text = cli("train", "demo2", "--model", "empty", "--data-dir", "d")
     assert code == 1 and "empty does not hold a model that can be loaded" in text
+    shutil.copytree(DEMO, "pointer")
+    Path("pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    code, text = cli("train", "demo2", "--model", "pointer", "--data-dir", "d")
+    assert code == 1 and "pointer does not hold a model that can be loaded" in text
 
 
 def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, monkeypatch):
@@ -363,6 +375,33 @@ def test_an_adapter_that_does_not_fit(cli, tmp_path):
     assert cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "a/model")[0] == 0
     code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d", "--model", "b/model")
     assert code == 1 and "does not fit" in text
+    weights = Path("runs/own-s-grpo/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d")
+    assert code == 1 and "does not fit" in text
+    Path("runs/own-s-grpo/config.json").write_text('{"settings": {"model": "a/first.gguf"}}')
+    with pytest.raises(tokenrl.UserError, match="was made for a/first.gguf, not for a/second.gguf"):
+        tokenrl.load_adapter(random_model("qwen2"), Path("runs/own-s-grpo"), "x", "a/second.gguf")
+    for foreign in ("[]", "{"):
+        Path("runs/own-s-grpo/config.json").write_text(foreign)
+        assert "is not the config.json of a run" in cli("train", "own", "--resume", "runs/own-s-grpo")[1]
+    Path("runs/own-s-grpo/config.json").write_text("{}")
+    assert "not a run that can be resumed" in cli("train", "own", "--resume", "runs/own-s-grpo")[1]
+
+
+def test_options_that_could_train_nothing(cli):
+    options = ["--max-grad-norm", "0", "--lora-targets", "q_proj, v_proj"]
+    assert cli("train", "svamp", *FAST, "--steps", "2", *options)[0] == 0
+    weights = transformers_weights(Path("runs/svamp-s-grpo"))
+    for target in ("q_proj", "v_proj"):
+        assert any(w.abs().max() > 0 for name, w in weights.items() if f"{target}.lora_B" in name)
+
+
+def test_eval_shows_types_as_they_are_and_writes_into_a_new_folder(cli):
+    problems = [tokenrl.Problem(f"{i}+1?", str(i + 1), kind) for i, kind in enumerate(["[b]", "[/b]"] * 9)]
+    tokenrl.write_task("kinds", problems, [], 0.7, 0, Path("d"))
+    code, text = cli("eval", "kinds", "--model", DEMO, "--data-dir", "d", "--output", "new/answers.jsonl")
+    assert code == 0 and "[b] (" in text and "[/b] (" in text and len(rows_of("new/answers.jsonl")) == 13
 
 
 def test_gguf_without_its_package(cli, monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, Words, random_completions, random_model
 
 import tokenrl
@@ -420,6 +421,20 @@ def test_every_end_token_stops_and_is_kept(words):
         for completion in group:
             assert not ends & set(completion[:-1])
             assert completion[-1] in ends or len(completion) == 12
+
+
+def test_no_more_rows_at_a_time_than_asked_for(words, monkeypatch):
+    rows, plain = [], tokenrl._sample_batch
+    monkeypatch.setattr(tokenrl, "_sample_batch", lambda model, tokenizer, prompts, group_size, *rest: rows.append(
+        len(prompts) * group_size) or plain(model, tokenizer, prompts, group_size, *rest))
+    groups = tokenrl.sample(random_model("qwen2"), words, [[5, 6], [7]], 8, max_new_tokens=6, rows=3)
+    assert rows == [3, 3, 2] * 2 and [len(group) for group in groups] == [8, 8]
+    assert len({tuple(completion) for completion in groups[0]}) > 3  # each part draws anew
+
+
+def test_end_tokens_of_a_config_that_names_none():
+    vision = transformers.Gemma3Config(text_config={"eos_token_id": 7})
+    assert tokenrl.end_tokens(SimpleNamespace(config=vision, generation_config=None)) == {7}
 
 
 def test_stop_text_ends_a_completion(words):

@@ -30,7 +30,8 @@ def shown(*things, width=200):
     ("number", "#### 1,234", "1234", 1.0),
     ("exact", "I think.\n#### Paris", "paris", 1.0), ("exact", "#### Paris, France", "Paris", 0.0),
     ("exact", r"so \boxed{B}", "B", 1.0), ("exact", "It is:\nnet 30", "net 30", 1.0),
-    ("exact", "The answer is C.", "C", 1.0),
+    ("exact", "The answer is C.", "C", 1.0), ("exact", "The answer is: Paris", "Paris", 1.0),
+    ("exact", "**Answer:** Paris", "Paris", 1.0), ("exact", "The answer is **Paris**.", "'Paris'", 1.0),
     ("exact", "C\nD", "C", 0.0), ("exact", "", "C", 0.0),
     ("regex:Total: {answer}$", "Total: 1.5", "1.5", 1.0), ("regex:Total: {answer}$", "Total: 1x5", "1.5", 0.0),
     ("regex:^####", "#### 3", "4", 1.0),
@@ -52,6 +53,7 @@ def test_reward_from_a_file(tmp_path):
     ("def f(text, answer): return 1 / 0", "f", "raised ZeroDivisionError (division by zero) on the completion 'abc'"),
     ("def f(text): return 1.0", "f", "raised TypeError"),
     ("def f(text, answer): return 1.0", "g", "defines no function 'g'"),
+    ("f = 3", "f", "defines no function 'f'"), ("{}['x']", "f", "cannot be run: KeyError: 'x'"),
     ("def f(", "f", "cannot be run: SyntaxError"),
 ])
 def test_a_broken_reward_is_reported_with_its_completion(tmp_path, code, name, sentence):
@@ -144,6 +146,12 @@ def test_inspect(cli):
     assert "4 reward" in text and "5 reward" not in text
 
 
+def test_inspect_few_problems_without_signal(cli):
+    tokenrl.write_task("few", [tokenrl.Problem(f"{i}+1?", str(i + 1)) for i in range(6)], [], 0.3, 0, Path("d"))
+    code, text = cli("inspect", "few", "--model", DEMO, "--data-dir", "d", "--max-new-tokens", "2")
+    assert code == 0 and "no method learns anything from it" in text
+
+
 # ---- plot ----------------------------------------------------------------------------------------------------------
 
 def write_run(name, rewards):
@@ -198,6 +206,8 @@ def test_merged_checkpoint_answers_as_the_adapter_does(cli):
 def test_merge_adds_in_float32_and_saves_in_the_base_dtype(cli, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
     model.save_pretrained("base")
+    path = Path("base/generation_config.json")  # as some checkpoints have it, which transformers refuses to save
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.7, "do_sample": False}))
     transformers.AutoTokenizer.from_pretrained(DEMO).save_pretrained("base")
     base, _ = tokenrl.load_model("base", "cpu", "float32")
     lora = tokenrl.add_lora(base, 4, 8, "q_proj", 1.0)
@@ -213,6 +223,9 @@ def test_merge_adds_in_float32_and_saves_in_the_base_dtype(cli, tmp_path):
     delta = 8 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     found = merged.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(found, (plain.float() + delta).to(torch.bfloat16)) and not torch.equal(found, plain)
+    assert cli("merge", "run", "whole", "--dtype", "float32")[0] == 0
+    found = transformers.AutoModelForCausalLM.from_pretrained("whole").model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(found, plain.float() + delta)
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------
@@ -224,9 +237,8 @@ import tokenrl
 from test_core import lora, random_step, settings_of
 from conftest import random_model
 
+tokenrl.join_processes("cpu")
 rank, world = tokenrl.processes()
-if world > 1:
-    tokenrl.join_processes("cpu")
 for method in ("grpo", "t-spmo"):
     model, rollouts = lora(random_model("qwen2")), random_step()
     optimizer, kept = tokenrl.new_optimizer(model), []
@@ -265,6 +277,13 @@ def test_torchrun_trains_with_one_voice(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3] and len(answers) == 16
     assert [a["index"] for a in answers] == [*range(8)] * 2
     torch.load(tmp_path / "runs/svamp-s-grpo/state.pt", weights_only=True)
+
+
+def test_evaluation_alone_heeds_no_other_processes(cli, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # clusters set these too
+    code, text = cli("eval", "svamp", "--limit", "4")
+    assert code == 0 and "/4)" in text
 
 
 # ---- the README ----------------------------------------------------------------------------------------------------
