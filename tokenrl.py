@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "transformers>=5.0", "peft>=0.18", "typer>=0.15", "rich>=13"]
+# dependencies = ["torch>=2.13", "transformers>=5.23", "peft>=0.21", "typer>=0.29", "rich>=15"]
 # ///
 """tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
 
