@@ -190,7 +190,8 @@ def reward_function(option: str) -> Callable[[str, str], float]:
     path, _, name = option.rpartition(":")
     if not path.endswith(".py"):
         raise UserError(f"{option!r} is not a reward; use number, exact, regex:PATTERN or FILE.py:function.")
-    read_text(Path(path))
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}, which the reward {option!r} needs; name another with --reward.")
     try:
         defined = runpy.run_path(path)
     except Exception as error:
@@ -277,6 +278,8 @@ def load_task(task: str, data_dir: Path, numeric: bool = True) -> tuple[list[Pro
     folder = data_dir / task
     if not (folder / "train.jsonl").exists():
         known = sorted(p.parent.name for p in data_dir.glob("*/train.jsonl") if p.parent.name != "demo")
+        if Path(task).stem in known:
+            raise UserError(f"There is no task {task!r}, but there is {Path(task).stem!r}: leave out the ending.")
         raise UserError(
             f"There is no task {task!r} in {data_dir}" + (f" (there are: {', '.join(known)})" if known else "")
             + "; make it with: python tokenrl.py prep " + (task if task in ("svamp", "multiply") else "YOUR_FILE.csv"))
@@ -330,8 +333,8 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     return [Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}") for a, b in pairs.values()]
 
 
-def file_problems(path: Path, question: str, answer: str, numeric: bool) -> tuple[list[Problem], Counter]:
-    """Problems of a CSV or JSONL file, and why rows were rejected."""
+def file_problems(path: Path, question: str, answer: str, numeric: bool) -> tuple[list[Problem], dict[str, list[int]]]:
+    """Problems of a CSV or JSONL file, and {why rows were rejected: their lines}."""
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"{path} is neither svamp nor multiply nor a .csv or .jsonl file.")
     rows = read_rows(path)
@@ -342,13 +345,13 @@ def file_problems(path: Path, question: str, answer: str, numeric: bool) -> tupl
         if name not in columns:
             raise UserError(f"{path} has no column {name!r} (it has: {', '.join(sorted(columns)) or 'none'}); "
                             f"name yours with {option}.")
-    problems, rejected = {}, Counter()
-    for _, row in rows:
+    problems, rejected = {}, defaultdict(list)
+    for line, row in rows:
         problem = to_problem(row, question, answer, numeric)
         if isinstance(problem, str):
-            rejected[problem] += 1
+            rejected[problem].append(line)
         elif problem.question in problems:
-            rejected["the question came before"] += 1
+            rejected["the question came before"].append(line)
         else:
             problems[problem.question] = problem
     return list(problems.values()), rejected
@@ -455,8 +458,14 @@ def pick_dtype(dtype: str, device: str, stored) -> object:
     return torch.bfloat16 if fast else torch.float32
 
 
+def is_bundled(model: str) -> bool:
+    return model == "demo" or Path(model).resolve() == DATA / "demo"
+
+
 def source_of(name: str) -> tuple[str, dict]:
     """(what to give to from_pretrained, its options) for a model's name."""
+    if is_bundled(name):
+        return str(DATA / "demo"), {}
     if Path(name).suffix != ".gguf":
         return name, {}
     try:
@@ -475,7 +484,7 @@ def stored_dtype(name: str):
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
-    """(model, tokenizer) of a hub id, a local folder, or a .gguf file (needs the `gguf` package)."""
+    """(model, tokenizer) of a hub id, a local folder, a .gguf file (needs the `gguf` package), or "demo"."""
     source, options = source_of(name)
     local = Path(source).exists()
     if not console.is_terminal:
@@ -867,7 +876,9 @@ def credit_weights(method: str, trie: Trie, rewards: list[float], settings, rng:
         return grpo_weights(trie, rewards)
     if method == "s-grpo":
         return s_grpo_weights(trie, rewards, settings.alpha, settings.p, rng)
-    return t_spmo_weights(trie, rewards)
+    if method == "t-spmo":
+        return t_spmo_weights(trie, rewards)
+    raise NotImplementedError(f"credit_weights names no function for the method {method!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1270,8 +1281,8 @@ def option(help: str, *names: str, panel: str, **limits):
 
 Task = Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")]
 DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
-Model = Annotated[str, option("Hub id, local folder or .gguf file. auto: Qwen2-1.5B on a GPU if it can be loaded, "
-                              "else the bundled demo model.", panel="Model")]
+Model = Annotated[str, option("Hub id, local folder, .gguf file, or demo: the small bundled one. auto: Qwen2-1.5B, but "
+                              "demo for svamp without a GPU, or where the other cannot be loaded.", panel="Model")]
 Device = Annotated[str, option("auto, cpu, cuda or mps.", panel="Model")]
 Dtype = Annotated[str, option("auto, float32 or bfloat16.", panel="Model")]
 Prompt = Annotated[str, option("auto, chat, plain (worked examples as Question/Answer), or a file with {question} in "
@@ -1292,17 +1303,13 @@ P = Annotated[float, option("... and each later one with this probability.", pan
 Seed = Annotated[int, option("Fixes the order of problems, the samples and the adapter's start.", panel="Run")]
 
 
-def is_bundled(model: str) -> bool:
-    return Path(model).resolve() == DATA / "demo"
-
-
 def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
     score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
     task, names = settings.task, [settings.model]
     if settings.model == "auto":
         real = task != "svamp" or pick_device(settings.device).startswith("cuda")
-        names = [DEFAULT_MODEL] * real + [str(DATA / "demo")] * (task == "svamp")
+        names = [DEFAULT_MODEL] * real + ["demo"] * (task == "svamp")
     reason = "No CUDA GPU here"
     for name in names:
         demo = task == "svamp" and is_bundled(name)  # it has never seen the words of the real SVAMP
@@ -1320,12 +1327,17 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
                 console.print(f"Loading {name} ...", highlight=False)
             model, tokenizer = load_model(name, settings.device, settings.dtype)
         except UserError as error:
+            if name == names[-1] and settings.model == "auto" and DEFAULT_MODEL in str(error):
+                raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
+                                "--model demo is enough.") from None
             if name == names[-1]:
                 raise
             reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
             continue
         settings.model = name
         form = choose_prompt(settings.prompt, model, tokenizer)
+        if settings.shots and form not in ("chat", "plain"):
+            raise UserError("--shots needs a chat or plain prompt: a template holds its own worked examples.")
         return Policy(model, tokenizer, form, examples[:settings.shots], score, metric), train_set, test_set
 
 
@@ -1344,7 +1356,7 @@ def prep(
     data_dir: DataDir = DATA,
 ):
     """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
-    rejected: Counter = Counter()
+    rejected: dict[str, list[int]] = {}
     if what == "svamp":
         problems = svamp_problems(source)
     elif what == "multiply":
@@ -1352,15 +1364,17 @@ def prep(
     else:
         problems, rejected = file_problems(Path(what), question, answer, reward == "number")
     name = name or Path(what).stem
-    if not re.fullmatch(r"[\w.-]+", name) or name == "demo":
+    if not re.fullmatch(r"[\w.-]+", name) or name in {"demo", "svamp", "multiply"} - {what}:
         raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
     examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
+    for reason, lines in rejected.items():
+        console.print(f"rejected: {reason}: {len(lines):,} (line {', '.join(map(str, lines[:8]))}"
+                      f"{', ...' * (len(lines) > 8)})", highlight=False)
     kept = (data_dir / name / "examples.jsonl").exists()
     train_size, test_size = write_task(name, problems, examples, test_share, seed, data_dir)
     console.print(pairs_table(name, [
-        ("read", f"{len(problems) + sum(rejected.values()):,}"),
+        ("read", f"{len(problems) + sum(map(len, rejected.values())):,}"),
         ("train", f"{train_size:,}"), ("test", f"{test_size:,}"),
-        *((f"rejected: {reason}", f"{number:,}") for reason, number in rejected.items()),
         *[("worked examples", "kept as they were")] * kept]))
     more = "" if reward == "number" else f" --reward {reward}"
     console.print(f"Next: python tokenrl.py train {name}{more}", highlight=False)
@@ -1395,7 +1409,8 @@ def train_command(
                                           "--checkpointing", panel="Update")] = False,
     max_grad_norm: Annotated[float, option("Gradients are clipped to this norm, unless 0.", panel="Update",
                                            min=0)] = 1.0,
-    name: Annotated[str, option("The run's folder in runs/.", panel="Run", show_default="TASK-METHOD")] = "",
+    name: Annotated[str, option("The run's folder in runs/; NAME-2, -3 where that is taken.", panel="Run",
+                                 show_default="TASK-METHOD")] = "",
     resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
     save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
     eval_problems: Annotated[int, option("Test problems asked before and after; 0 for all.", panel="Run", min=0)] = 0,
@@ -1499,8 +1514,8 @@ def resume_settings(settings, run: Path, explicit: set[str]) -> None:
     if not saved:
         raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
     if differing := [key for key in sorted(explicit & saved.keys()) if vars(settings)[key] != saved[key]]:
-        raise UserError("--resume continues a run with its own settings, but these differ: " + ", ".join(
-            f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))
+        raise UserError("--resume continues a run with its own settings (start a new one for others); these differ: "
+                        + ", ".join(f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))
     vars(settings).update(saved)
 
 
@@ -1663,11 +1678,14 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
 
 
 def changes_table(before: list[dict], after: list[dict], label: str, most: int = 10) -> Table:
-    """Problems that are right now and were wrong, and the other way round: at most ten of each."""
-    table = Table("", "problem", "answer", "base", label, title="mended (+) and broken (-)", title_justify="left")
+    """Problems that are right now and were wrong, and the other way round: at most `most` of each."""
+    changed = {right: [(old, new) for old, new in zip(before, after) if old["correct"] != new["correct"] == right]
+               for right in (True, False)}
+    table = Table("", "problem", "answer", "base", label, title_justify="left",
+                  title=f"mended (+): {len(changed[True])}, broken (-): {len(changed[False])}; up to {most} are shown")
     last = lambda record: (record["completion"].strip().split("\n")[-1] or "(nothing)")[-40:]  # noqa: E731
     for sign, right in (("+", True), ("-", False)):
-        for old, new in [(o, n) for o, n in zip(before, after) if o["correct"] != n["correct"] == right][:most]:
+        for old, new in changed[right][:most]:
             table.add_row(sign, *map(escape, (old["question"], old["answer"], last(old), last(new))),
                           style="green" if right else "red")
     return table
@@ -1811,7 +1829,9 @@ def show_group(policy: Policy, rollout: Rollout, settings) -> Iterator:
     if not rollout.has_signal:
         yield Text("All rewards of this group are equal, so no method learns anything from it.", "yellow")
     for method in [m.value for m in Method] if settings.method == "all" else [settings.method]:
-        weights = credit_weights(method, trie, rollout.rewards, settings, random.Random(settings.seed))
+        weights = {}
+        if rollout.has_signal:
+            weights = credit_weights(method, trie, rollout.rewards, settings, random.Random(settings.seed))
         tokens = sum(map(len, trie.paths))
         yield Text.assemble(("\n" + method, "bold"), f"  {len(weights)} of {len(trie.tokens)} nodes ({tokens} tokens) "
                             "are trained: ", ("[+more likely]", "green"), " ", ("[-less likely]", "red"), ", up to +++")

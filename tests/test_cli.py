@@ -78,8 +78,8 @@ def test_prep_own_csv_and_jsonl(cli, tmp_path):
     Path("own.csv").write_text("\n".join(lines), encoding="utf-8-sig")
     code, text = cli("prep", "own.csv", "--question", "frage", "--answer", "antwort", "--data-dir", "d")
     assert code == 0
-    for part in ("read │ 12", "rejected: no answer │ 1", "rejected: the answer is not a number │ 1",
-                 "rejected: the question came before │ 1", "train │ 6", "test │ 3"):
+    for part in ("read │ 12", "rejected: no answer: 1 (line 3)", "rejected: the answer is not a number: 1 (line 4)",
+                 "rejected: the question came before: 1 (line 5)", "train │ 6", "test │ 3"):
         assert part in text
     Path("own.jsonl").write_text("".join(json.dumps({"question": f"q{i}", "answer": i}) + "\n" for i in range(4)))
     assert cli("prep", "own.jsonl", "--name", "mine", "--data-dir", "d")[0] == 0
@@ -109,6 +109,10 @@ def test_prep_bad_files(cli, content, arguments, sentence):
 
 def test_prep_other_bad_input(cli):
     assert "neither svamp nor multiply nor a .csv or .jsonl file" in cli("prep", "swamp")[1]
+    Path("svamp.csv").write_text("question,answer\n1+1?,2\n,4\n")
+    assert "'svamp' cannot be a task's name" in cli("prep", "svamp.csv")[1]
+    code, text = cli("prep", "svamp.csv", "--name", "mine", "--data-dir", "d")
+    assert code == 1 and "rejected: no question: 1 (line 3)" in text and "1 usable problems are too few" in text
     assert "--digits '0' is not a number of digits" in cli("prep", "multiply", "--digits", "0")[1]
     Path("bad.csv").write_text('question,answer\n"open quote,3')
     assert "bad.csv is not valid CSV after line 1" in cli("prep", "bad.csv")[1]
@@ -252,6 +256,8 @@ def test_out_of_memory(cli, monkeypatch, message):
     (["train", "swamp"], "There is no task 'swamp'"),
     (["train", "swamp"], "prep YOUR_FILE.csv"),
     (["train", "svamp", "--method", "ppo"], "'ppo' is not one of"),
+    (["train", "svamp", "--shots", "1"], "--shots needs a chat or plain prompt"),
+    (["eval", "svamp", "--reward", "no.py:kpi"], "There is no file no.py, which the reward 'no.py:kpi' needs"),
     (["train", "svamp", "--group-size", "1"], "should be greater than or equal to 2"),
     (["inspect", "svamp", "--group-size", "0"], "should be greater than or equal to 2"),
     (["train", "svamp", "--prompt", "none.txt"], "There is no file none.txt"),
@@ -338,7 +344,12 @@ def test_a_named_model_is_never_replaced(cli):
     shutil.copytree(DEMO, "d/demo2")
     code, text = cli("train", "demo2", "--model", "Qwen/Qwen2-1.5B", "--data-dir", "d")
     assert code == 1 and "'Qwen/Qwen2-1.5B' is neither a local folder nor could it be had from the hub" in text
-    assert "The hub's client says:" in text
+    assert "The hub's client says:" in text and "--model demo" not in text
+    code, text = cli("train", "demo2", "--data-dir", "d")  # on a CPU too
+    assert code == 1 and "It was asked for because --model names none" in text and "--model demo" in text
+    assert "there is 'demo2': leave out the ending" in cli("train", "demo2.csv", "--data-dir", "d")[1]
+    assert cli("train", "demo2", "--model", "demo", "--data-dir", "d", *FAST, "--steps", "1")[0] == 0
+    assert cli("merge", "runs/demo2-s-grpo", "merged")[0] == 0
     Path("empty").mkdir()
     code, text = cli("train", "demo2", "--model", "empty", "--data-dir", "d")
     assert code == 1 and "empty does not hold a model that can be loaded" in text

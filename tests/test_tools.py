@@ -101,6 +101,7 @@ def test_types_and_changes_are_shown():
     assert re.search(r"A \(15\) +│ +6\.7% +│ +93\.3%", text) and re.search(r"B \(15\) +│ +6\.7% +│ +100\.0%", text)
     text = shown(tokenrl.changes_table(before, after, "run"))
     assert [int(n) for n in re.findall(r"\+ │ q(\d+)", text)] == list(range(2, 12))  # ten of the 28 mended
+    assert "mended (+): 28, broken (-): " in text
     assert re.findall(r"- │ q(\d+)", text) == ["0"] and "#### 11" in text
 
 
@@ -137,7 +138,7 @@ def test_inspect(cli):
     assert cli("inspect", "svamp", "--index", "3", "--method", "t-spmo", "--output", "group.svg")[0] == 0
     assert Path("group.svg").read_text().startswith("<svg")
     text = cli("inspect", "svamp", "--method", "grpo", "--max-new-tokens", "2")[1]  # nobody finishes in two tokens
-    assert "no method learns anything from it" in text and "0 of" in text
+    assert "no method learns anything from it" in text and "0 of" in text and "[+++" not in text
     assert "there are 700 training problems" in cli("inspect", "svamp", "--index", "700")[1]
     assert "must end in .html or .svg" in cli("inspect", "svamp", "--output", "group.pdf")[1]
     assert cli("train", "svamp", *FAST, "--steps", "1", "--method", "t-spmo")[0] == 0
