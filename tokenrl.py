@@ -1281,8 +1281,8 @@ def option(help: str, *names: str, panel: str, **limits):
 
 Task = Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")]
 DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
-Model = Annotated[str, option("Hub id, local folder, .gguf file, or demo: the small bundled one. auto: Qwen2-1.5B, but "
-                              "demo for svamp without a GPU, or where the other cannot be loaded.", panel="Model")]
+Model = Annotated[str, option("Hub id, local folder, .gguf file, or demo: the small bundled one. auto: Qwen2-1.5B; "
+                              "for svamp demo, where there is no GPU or that cannot be loaded.", panel="Model")]
 Device = Annotated[str, option("auto, cpu, cuda or mps.", panel="Model")]
 Dtype = Annotated[str, option("auto, float32 or bfloat16.", panel="Model")]
 Prompt = Annotated[str, option("auto, chat, plain (worked examples as Question/Answer), or a file with {question} in "
