@@ -133,6 +133,7 @@ _NUMBER = re.compile(
     r"(?:/(?P<under>\d+))?",
     re.ASCII)
 _MARK = re.compile(r"####|\\boxed\{|\banswer(?: is:?|:| =)", re.IGNORECASE)
+_EDGES = re.compile(r"""^[\s*_`'"]+|[\s*_`'".}]+$""")  # what exact_reward overlooks around an answer
 
 
 def _numbers(text: str) -> Iterator[Fraction]:
@@ -171,7 +172,7 @@ def exact_reward(text: str, answer: str) -> float:
     not count."""
     marks = list(_MARK.finditer(text))
     lines = text[marks[-1].end():].lstrip().split("\n") if marks else text.strip().split("\n")[-1:]
-    found, wanted = (t.strip(" \t*_`'\"").rstrip("}.").strip(" \t*_`'\"").casefold() for t in (lines[0], answer))
+    found, wanted = ((_EDGES.sub("", t) or t.strip()).casefold() for t in (lines[0], answer))
     return float(found == wanted)
 
 
@@ -1327,11 +1328,11 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
                 console.print(f"Loading {name} ...", highlight=False)
             model, tokenizer = load_model(name, settings.device, settings.dtype)
         except UserError as error:
-            if name == names[-1] and settings.model == "auto" and DEFAULT_MODEL in str(error):
+            if name == names[-1]:
+                if settings.model != "auto" or DEFAULT_MODEL not in str(error):
+                    raise
                 raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
                                 "--model demo is enough.") from None
-            if name == names[-1]:
-                raise
             reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
             continue
         settings.model = name

@@ -32,7 +32,8 @@ def shown(*things, width=200):
     ("exact", r"so \boxed{B}", "B", 1.0), ("exact", "It is:\nnet 30", "net 30", 1.0),
     ("exact", "The answer is C.", "C", 1.0), ("exact", "The answer is: Paris", "Paris", 1.0),
     ("exact", "**Answer:** Paris", "Paris", 1.0), ("exact", "The answer is **Paris**.", "'Paris'", 1.0),
-    ("exact", "C\nD", "C", 0.0), ("exact", "", "C", 0.0),
+    ("exact", "C\nD", "C", 0.0), ("exact", "", "C", 0.0), ("exact", "#### C\r\nD", "C", 1.0),
+    ("exact", "", "*", 0.0), ("exact", "#### *", "*", 1.0), ("exact", "#### \u00a0Paris\u00a0", "Paris", 1.0),
     ("regex:Total: {answer}$", "Total: 1.5", "1.5", 1.0), ("regex:Total: {answer}$", "Total: 1x5", "1.5", 0.0),
     ("regex:^####", "#### 3", "4", 1.0),
 ])
