@@ -40,10 +40,12 @@ import importlib
 import io
 import json
 import math
+import numbers
 import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -54,21 +56,19 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from fractions import Fraction
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional, get_args
 
 import typer
 from rich.console import Console
 from rich.console import Group as Stack
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -83,7 +83,8 @@ class _Lazy:
 
 
 torch, transformers, peft = _Lazy("torch"), _Lazy("transformers"), _Lazy("peft")
-console, errors = Console(), Console(stderr=True)
+# Text of the user's own can hold what rich takes for markup or emoji.
+console, errors = (Console(stderr=stderr, markup=False, emoji=False) for stderr in (False, True))
 
 
 class UserError(Exception):
@@ -133,11 +134,12 @@ _NUMBER = re.compile(
     r"(?:/(?P<under>\d+))?",
     re.ASCII)
 _MARK = re.compile(r"####|\\boxed\{|\banswer(?: is:?|:| =)", re.IGNORECASE)
-_EDGES = re.compile(r"""^[\s*_`'"]+|[\s*_`'".}]+$""")  # what exact_reward overlooks around an answer
+_EDGES = re.compile(r"""^[\s*_`'"]+|[\s*_`'".}$]+$""")  # what exact_reward overlooks around an answer
 
 
 def _numbers(text: str) -> Iterator[Fraction]:
-    text = re.sub(r"\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     for match in _NUMBER.finditer(text):
         if not (match["digits"] or match["decimals"]):
             continue
@@ -182,9 +184,9 @@ def reward_function(option: str) -> Callable[[str, str], float]:
     if option in (named := {"number": number_reward, "exact": exact_reward}):
         return named[option]
     if option.startswith("regex:"):
-        pattern = option.removeprefix("regex:")
+        pattern = option.removeprefix("regex:").replace("{answer}", "(?:{answer})")
         try:
-            re.compile(pattern.replace("{answer}", ""))
+            re.compile(pattern.replace("{answer}", "0"))
         except re.error as error:
             raise UserError(f"{option!r} is not a regular expression: {error}.") from None
         return lambda text, answer: float(bool(re.search(pattern.replace("{answer}", re.escape(answer)), text)))
@@ -206,7 +208,7 @@ def reward_function(option: str) -> Callable[[str, str], float]:
         except Exception as error:
             raise UserError(f"{option} raised {type(error).__name__} ({first_line(error)}) on the completion {text!r} "
                             f"with the reference answer {answer!r}.") from None
-        if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        if not (isinstance(value, numbers.Real) and 0 <= value <= 1):  # numpy's numbers too
             raise UserError(f"{option} returned {value!r}, which is not a number from 0 to 1, on the completion "
                             f"{text!r} with the reference answer {answer!r}.")
         return float(value)
@@ -389,9 +391,6 @@ def write_atomically(path: Path, text: str) -> None:
 # 2. Policy: model, tokenizer, LoRA, prompts, memory meter
 # ---------------------------------------------------------------------------------------------------------------
 
-PLAIN_STOP = "\nQuestion:"  # where a base model goes on to invent the next question
-
-
 @dataclass
 class Policy:
     """What it takes to ask and to train: the model with its tokenizer, and the form of the prompt."""
@@ -404,7 +403,7 @@ class Policy:
 
     @property
     def stop(self) -> str:
-        return PLAIN_STOP if self.prompt == "plain" else ""
+        return "\nQuestion:" if self.prompt == "plain" else ""  # a base model goes on to invent the next question
 
     def prompt_ids(self, question: str) -> list[int]:
         """Worked examples cost little: the prompt is computed once for the whole group."""
@@ -516,7 +515,9 @@ def base_of(model):
 
 
 def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, checkpointing: bool = False):
-    """LoRA on `targets` of the last `layer_share` of the layers; the layers below store no activations."""
+    """LoRA on `targets` of the last `layer_share` of the layers; the layers below store no activations. With
+    `checkpointing` those above keep only their inputs and compute the rest again in the backward pass: less memory for
+    more time, with the same gradient."""
     layers = base_of(model).config.get_text_config().num_hidden_layers
     first = layers - max(1, round(layers * layer_share))
     wanted, modules = [target.strip() for target in targets.split(",")], [name for name, _ in model.named_modules()]
@@ -530,23 +531,13 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, c
     except ValueError as error:
         raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
     if checkpointing:
-        checkpoint_layers(model, first)
+        stack = getattr(base_of(model).get_decoder(), "layers", None)
+        if stack is None:
+            raise UserError(f"--checkpointing does not know the layers of a {base_of(model).config.model_type} model; "
+                            "leave it out.")
+        for layer in stack[first:]:
+            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     return model
-
-
-def checkpoint_layers(model, first: int) -> None:
-    """Keep only the inputs of the layers from `first` on, and compute the rest again in the backward pass: less memory
-    for more time, with the same gradient. The layers below store nothing anyway."""
-    for layer in base_of(model).get_decoder().layers[first:]:
-        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-
-
-def adapter_base(folder: Path) -> str:
-    """The base model that an adapter was made for."""
-    try:
-        return json.loads(read_text(folder / "adapter_config.json"))["base_model_name_or_path"]
-    except (UserError, ValueError, KeyError):
-        raise UserError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
 
 
 def load_adapter(model, folder: Path, name: str, given: str):
@@ -610,8 +601,8 @@ def peak_memory(device: str, reset: bool = False) -> int:
             Path("/proc/self/clear_refs").write_text("5")
     with contextlib.suppress(OSError, TypeError):  # some containers do not tell
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    with contextlib.suppress(ImportError):  # macOS counts bytes; Windows has no such module
-        return importlib.import_module("resource").getrusage(0).ru_maxrss
+    with contextlib.suppress(ImportError):  # Windows has no such module; macOS counts bytes, others KiB
+        return importlib.import_module("resource").getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return 0
 
 
@@ -664,7 +655,7 @@ def _prefill(base, prompts: list[list[int]]):
     What all prompts begin with (the worked examples) is computed once and repeated."""
     decoder, device = base.get_decoder(), base.device
     cache = transformers.DynamicCache(config=base.config)
-    shared = prompts[0][:min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)]
+    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
     if shared:
         decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
@@ -724,6 +715,7 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
     hidden, mask, position = (x.repeat_interleave(group_size, 0) for x in (hidden, mask, position))
     completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     live, seen = list(range(len(completions))), visible.shape[1]
+    tail = len(stop.encode()) + 1  # as many tokens hold the whole of it: none is shorter than a byte
     while True:
         parts = hidden.split(SAMPLED_ROWS)
         tokens = torch.cat([draw(logits_of(model, part), temperature, generator) for part in parts])
@@ -732,7 +724,7 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
             completion = completions[live[row]]
             completion.append(token)
             ended = token in ends or len(completion) >= max_new_tokens
-            if not ended and not (stop and stop in tokenizer.decode(completion[-16:])):
+            if not ended and not (stop and stop in tokenizer.decode(completion[-tail:])):
                 keep.append(row)
         if not keep:
             return [completions[i:i + group_size] for i in range(0, len(completions), group_size)]
@@ -809,10 +801,7 @@ class Trie:
     """
 
     def __init__(self, completions: list[list[int]]):
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.depths: list[int] = []
-        self.paths: list[list[int]] = []
+        self.tokens, self.parents, self.depths, self.paths = [], [], [], []
         node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
         for completion in completions:
             node, path = -1, []
@@ -924,9 +913,11 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
 
     One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few rows at a time, so
     that [tokens, vocabulary] never exists. Equal to one forward pass per completion up to rounding. Raises UserError
-    where a sliding attention window is shorter than the sequence.
+    where a sliding attention window is shorter than the sequence, or where there is no prompt.
     """
     base = base_of(model)
+    if not prompt_ids:
+        raise UserError("The prompt is empty: what comes first in a completion has nothing to be predicted from.")
     ids, positions, allowed, slot = pack(prompt_ids, trie, nodes)
     check_window(base.config, int(positions.max()) + 2)
     dtype, device = base.get_input_embeddings().weight.dtype, base.device
@@ -942,18 +933,21 @@ def token_logprobs(model, hidden, tokens, temperature: float):
     """log-prob of each of `tokens` [n] under softmax(logits / temperature), from hidden states [n, width]: float32 [n].
 
     The gradient of each is a vector of [width] that is at hand once its row of logits is, so it is computed there and
-    kept, instead of the row or of computing the row again in the backward pass.
+    kept, instead of the row or of computing the row again in the backward pass. (Not where the output embedding itself
+    is trained, which would lose its gradient.)
     """
+    def logps(part, wanted):
+        return (logits_of(model, part) / temperature).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+
+    parts = zip(hidden.split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))
+    if not hidden.requires_grad or any(p.requires_grad for p in base_of(model).get_output_embeddings().parameters()):
+        return torch.cat([logps(part, wanted) for part, wanted in parts])
     values, slopes = [], []
-    for part, wanted in zip(hidden.split(TRAINED_ROWS), tokens.split(TRAINED_ROWS)):
-        with torch.set_grad_enabled(hidden.requires_grad):
-            part = part.detach().requires_grad_(hidden.requires_grad)
-            logp = (logits_of(model, part) / temperature).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
-        if hidden.requires_grad:
-            slopes += torch.autograd.grad(logp.sum(), part)
-        values.append(logp.detach())
-    if not slopes:
-        return torch.cat(values)
+    for part, wanted in parts:
+        part = part.detach().requires_grad_()
+        value = logps(part, wanted)
+        slopes += torch.autograd.grad(value.sum(), part)
+        values.append(value.detach())
     return torch.cat(values) + ((hidden - hidden.detach()) * torch.cat(slopes)).sum(-1)  # adds 0, with that gradient
 
 
@@ -990,8 +984,7 @@ def step_trie(rollouts: list[Rollout], tries: list[Trie],
               weights: list[dict[int, float]]) -> tuple[list[int], Trie, dict[int, float]]:
     """All groups of a step as one trie: what their prompts share (token ids), the trie of the rest of each prompt and
     its completions, and the weight of its nodes, given each group's weights on the trie of its completions alone."""
-    prompts = [rollout.prompt for rollout in rollouts]
-    shared = prompts[0][:len(os.path.commonprefix(prompts))]
+    shared = os.path.commonprefix([rollout.prompt for rollout in rollouts])
     joint = Trie([r.prompt[len(shared):] + completion for r in rollouts for completion in r.completions])
     total: dict[int, float] = defaultdict(float)  # a replay can meet the nodes of the group that it came from
     paths = iter(joint.paths)
@@ -1052,7 +1045,9 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
             loss = pack_loss(policy, prompt, trie, part, settings.beta / trained, settings)
             loss.backward()
             loss_sum += loss.item()
-    add_gradients(params)
+    for p in params if processes()[1] > 1 else ():  # the losses of all processes are parts of one sum
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.distributed.all_reduce(p.grad)
     if trained and settings.l2:
         (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
     norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None],
@@ -1083,15 +1078,6 @@ def gather(value) -> list:
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     return values
-
-
-def add_gradients(params) -> None:
-    """Give every process the sum of all processes' gradients: their losses are parts of one sum."""
-    if processes()[1] > 1:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-        torch.distributed.all_reduce(flat)
-        for p, grad in zip(params, flat.split([p.numel() for p in params])):
-            p.grad = grad.view_as(p)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1205,26 +1191,26 @@ def load_state(run: Path, model, optimizer) -> int:
     return state["step"]
 
 
-def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0,
-             advance: Callable[[int], None] = lambda n: None, stop: list = ()) -> list[dict]:
+def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0, stop: list = ()) -> list[dict]:
     """One record per problem: the greedy completion and whether it is right, and with `samples` > 0 how many of that
-    many samples at settings.temperature are right. `advance` is told of completions. Several processes share the
-    problems."""
+    many samples at settings.temperature are right. Several processes share the problems."""
     rank, world = processes()
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))[rank::world]
     answers: dict[int, list[list[int]]] = {i: [] for i in order}  # the greedy completion, then the samples
-    for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
-        width = max(1, settings.batch_rows // count)
-        for start in range(0, len(order), width):
-            chunk = order[start:start + width]
-            groups = sample(policy.model, policy.tokenizer, [policy.prompt_ids(problems[i].question) for i in chunk],
-                            count, stop=policy.stop, max_new_tokens=settings.max_new_tokens, temperature=temperature,
-                            rows=settings.batch_rows, seed=settings.seed + start)
-            for i, group in zip(chunk, groups):
-                answers[i] += group
-            advance(len(chunk) * count * world)
-            if stop:
-                raise KeyboardInterrupt
+    with bar("evaluating", len(problems) * (1 + samples)) as move:
+        for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
+            width = max(1, settings.batch_rows // count)
+            for start in range(0, len(order), width):
+                chunk = order[start:start + width]
+                prompts = [policy.prompt_ids(problems[i].question) for i in chunk]
+                groups = sample(policy.model, policy.tokenizer, prompts, count, stop=policy.stop,
+                                max_new_tokens=settings.max_new_tokens, temperature=temperature,
+                                rows=settings.batch_rows, seed=settings.seed + start)
+                for i, group in zip(chunk, groups):
+                    answers[i] += group
+                move(advance=len(chunk) * count * world)
+                if stop:
+                    raise KeyboardInterrupt
     records = []
     for i, (greedy, *sampled) in answers.items():
         text, problem = policy.text(greedy), problems[i]
@@ -1267,19 +1253,12 @@ app = typer.Typer(help="Teach a language model to reason with reinforcement lear
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 
 
-class Method(str, Enum):
-    s_grpo = "s-grpo"
-    t_spmo = "t-spmo"
-    grpo = "grpo"
-
-
-Shown = Enum("Shown", {method.name: method.value for method in Method} | {"all": "all"}, type=str)
-
-
 def option(help: str, *names: str, panel: str, **limits):
-    return typer.Option(*names, help=help, rich_help_panel=panel, **{"show_default": True} | limits)
+    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
 
 
+Method = Literal["s-grpo", "t-spmo", "grpo"]
+Shown = Literal[Method, "all"]
 Task = Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")]
 DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
 Model = Annotated[str, option("Hub id, local folder, .gguf file, or demo: the small bundled one. auto: Qwen2-1.5B; "
@@ -1317,7 +1296,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
         if demo and settings.model == "auto":
             console.print(f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
                           "problems.\nFor the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.",
-                          style="yellow", highlight=False)
+                          style="yellow")
         try:
             if not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
                 console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
@@ -1325,7 +1304,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             where = ("demo", DATA) if demo else (task, settings.data_dir)
             train_set, test_set, examples = load_task(*where, numeric=settings.reward == "number")
             if not demo:
-                console.print(f"Loading {name} ...", highlight=False)
+                console.print(f"Loading {name} ...")
             model, tokenizer = load_model(name, settings.device, settings.dtype)
         except UserError as error:
             if name == names[-1]:
@@ -1335,6 +1314,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
                                 "--model demo is enough.") from None
             reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
             continue
+        check_packing(model, tokenizer)
         settings.model = name
         form = choose_prompt(settings.prompt, model, tokenizer)
         if settings.shots and form not in ("chat", "plain"):
@@ -1357,6 +1337,7 @@ def prep(
     data_dir: DataDir = DATA,
 ):
     """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
+    reward_function(reward)  # a wrong one would be found only in training
     rejected: dict[str, list[int]] = {}
     if what == "svamp":
         problems = svamp_problems(source)
@@ -1365,27 +1346,32 @@ def prep(
     else:
         problems, rejected = file_problems(Path(what), question, answer, reward == "number")
     name = name or Path(what).stem
-    if not re.fullmatch(r"[\w.-]+", name) or name in {"demo", "svamp", "multiply"} - {what}:
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in {"demo", "svamp", "multiply"} - {what}:
         raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
     examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
     for reason, lines in rejected.items():
         console.print(f"rejected: {reason}: {len(lines):,} (line {', '.join(map(str, lines[:8]))}"
-                      f"{', ...' * (len(lines) > 8)})", highlight=False)
+                      f"{', ...' * (len(lines) > 8)})")
     kept = (data_dir / name / "examples.jsonl").exists()
     train_size, test_size = write_task(name, problems, examples, test_share, seed, data_dir)
-    console.print(pairs_table(name, [
+    console.print(right_aligned([name, ""], [
         ("read", f"{len(problems) + sum(map(len, rejected.values())):,}"),
         ("train", f"{train_size:,}"), ("test", f"{test_size:,}"),
         *[("worked examples", "kept as they were")] * kept]))
-    more = "" if reward == "number" else f" --reward {reward}"
-    console.print(f"Next: python tokenrl.py train {name}{more}", highlight=False)
+    more = "" if reward == "number" else f" --reward {shlex.quote(reward)}"
+    console.print(f"Next: python tokenrl.py train {name}{more}{data_dir_option(data_dir)}")
+
+
+def data_dir_option(data_dir: Path) -> str:
+    """What the command lines that we print for the user must add."""
+    return "" if data_dir == DATA else f" --data-dir {shlex.quote(str(data_dir))}"
 
 
 @app.command(name="train")
 def train_command(
     context: typer.Context,
     task: Task,
-    method: Annotated[Method, option("Which tokens are trained, with what credit.", panel="Credit")] = Method.s_grpo,
+    method: Annotated[Method, option("Which tokens are trained, with what credit.", panel="Credit")] = "s-grpo",
     alpha: Alpha = 4, p: P = 0.3,
     on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
                                     panel="Credit")] = True,
@@ -1421,8 +1407,7 @@ def train_command(
     reward: Reward = "number", metric: Metric = "", seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
-    given = {k: v.value if isinstance(v, Enum) else v for k, v in context.params.items()}
-    settings = SimpleNamespace(**{k: v for k, v in given.items() if k not in ("resume", "dry_run", "name")})
+    settings = SimpleNamespace(**{k: v for k, v in context.params.items() if k not in ("resume", "dry_run", "name")})
     if resume:
         resume_settings(settings, resume, on_command_line(context))
     settings.device = join_processes(settings.device)
@@ -1432,7 +1417,6 @@ def train_command(
     torch.manual_seed(settings.seed)
     policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
                             settings.lora_layers, settings.checkpointing)
-    check_packing(policy.model, policy.tokenizer)
     longest = max(train_set + test_set, key=lambda problem: len(problem.question))
     check_window(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
     if dry_run:
@@ -1471,8 +1455,7 @@ def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) 
     device, task = str(base_of(policy.model).device), settings.task
     with catch_signals() as stop:
         base = evaluate_once(policy, test_set, settings, run, "base", stop)
-        console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)",
-                      highlight=False)
+        console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)")
         with live_table(settings.steps, device) as show:
             for metrics in train(policy, train_set, settings, run, stop):
                 show(metrics)
@@ -1482,8 +1465,9 @@ def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) 
         trained = evaluate_once(policy, test_set, settings, run, "trained", stop)
     rows = [row for _, row in read_rows(run / "metrics.jsonl")]
     console.print(comparison_table({"base": base, "trained": trained}, f"{task}, {settings.method}, {run}"))
-    console.print(training_summary(rows, device), highlight=False)
-    console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {run}", highlight=False)
+    console.print(training_summary(rows, device))
+    console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {run}"
+                  + data_dir_option(settings.data_dir))
 
 
 def saved_settings(run: Path) -> dict:
@@ -1498,7 +1482,11 @@ def saved_settings(run: Path) -> dict:
 
 def adapter_settings(run: Path) -> dict:
     """What is known of an adapter: its run's settings (which alone name a .gguf file), at the least its base model."""
-    return {"model": adapter_base(run)} | saved_settings(run)
+    try:
+        model = json.loads(read_text(run / "adapter_config.json"))["base_model_name_or_path"]
+    except (UserError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
+    return {"model": model} | saved_settings(run)
 
 
 def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
@@ -1514,6 +1502,8 @@ def resume_settings(settings, run: Path, explicit: set[str]) -> None:
     saved = saved_settings(run)
     if not saved:
         raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
+    if "data_dir" in explicit:  # the data may have moved
+        del saved["data_dir"]
     if differing := [key for key in sorted(explicit & saved.keys()) if vars(settings)[key] != saved[key]]:
         raise UserError("--resume continues a run with its own settings (start a new one for others); these differ: "
                         + ", ".join(f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))
@@ -1561,10 +1551,17 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-def bar(label: str):
-    """A progress bar with time left; nothing where there is no terminal."""
+def progress_bar(label: str) -> Progress:
+    """With time left; nothing where there is no terminal."""
     return Progress(TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                     TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int):
+    """Yields what moves a progress bar: a function of `advance` or `completed`."""
+    with progress_bar(label) as progress:
+        yield partial(progress.update, progress.add_task("", total=total))
 
 
 def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, phase: str, stop: list) -> list[dict]:
@@ -1573,10 +1570,7 @@ def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, 
     old = [row for _, row in read_rows(path)] if path.exists() else []
     if done := [row for row in old if row["phase"] == phase]:
         return done
-    with bar("evaluating") as progress:
-        task = progress.add_task("", total=len(problems) * (1 + settings.eval_samples))
-        records = evaluate(policy, problems, settings, settings.eval_samples, lambda n: progress.advance(task, n), stop)
-    records = [{"phase": phase, **record} for record in records]
+    records = [{"phase": phase, **r} for r in evaluate(policy, problems, settings, settings.eval_samples, stop)]
     if main_process():
         write_jsonl(path, old + records)
     return records
@@ -1608,15 +1602,12 @@ def columns(device: str) -> list[tuple[str, int, Callable[[dict], str]]]:
 @contextlib.contextmanager
 def live_table(steps: int, device: str):
     """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
-    if console.quiet:
-        yield lambda metrics: None
-        return
     if not console.is_terminal:
-        print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)))
-        yield lambda metrics: print(" ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device)),
-                                    flush=True)
+        console.print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)))
+        yield lambda metrics: console.print(" ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device)),
+                                            soft_wrap=True)
         return
-    progress, rows = bar("training"), []
+    progress, rows = progress_bar("training"), []
     task = progress.add_task("", total=steps)
 
     def draw():
@@ -1639,17 +1630,14 @@ def show_start(policy: Policy, settings, run: Path, train_set, test_set) -> None
     base = base_of(policy.model)
     trainable, total = policy.model.get_nb_trainable_parameters()
     kind = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-    console.print(f"[bold]{settings.method}[/] on {settings.task}: {len(train_set)} train and {len(test_set)} test "
+    console.print(Text(settings.method, "bold"), f"on {settings.task}: {len(train_set)} train and {len(test_set)} test "
                   f"problems, {settings.prompts_per_step} x {settings.group_size} completions a step\n"
                   f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in LoRA, "
-                  f"{str(base.dtype).split('.')[1]} on {base.device}, {kind} prompt\nrun {run}", highlight=False)
+                  f"{str(base.dtype).split('.')[1]} on {base.device}, {kind} prompt\nrun {run}")
 
 
 def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
     """One column per policy; paired comparisons are with the first."""
-    table = Table("", *results, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
     first = [record["correct"] for record in next(iter(results.values()))]
     rows: dict[str, list[str]] = defaultdict(list)
     for number, records in enumerate(results.values()):
@@ -1672,10 +1660,8 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
         kinds = Counter(record["type"] for record in records)
         for kind, count in sorted(kinds.items()) if 1 < len(kinds) < 10 else []:
             own = [record for record in records if record["type"] == kind]
-            rows[f"{escape(kind) or 'no type'} ({count})"].append(f"{accuracy(own):.1%}")
-    for label, cells in rows.items():
-        table.add_row(label, *cells)
-    return table
+            rows[f"{kind or 'no type'} ({count})"].append(f"{accuracy(own):.1%}")
+    return right_aligned(["", *results], [(label, *cells) for label, cells in rows.items()], title)
 
 
 def changes_table(before: list[dict], after: list[dict], label: str, most: int = 10) -> Table:
@@ -1687,23 +1673,24 @@ def changes_table(before: list[dict], after: list[dict], label: str, most: int =
     last = lambda record: (record["completion"].strip().split("\n")[-1] or "(nothing)")[-40:]  # noqa: E731
     for sign, right in (("+", True), ("-", False)):
         for old, new in changed[right][:most]:
-            table.add_row(sign, *map(escape, (old["question"], old["answer"], last(old), last(new))),
+            table.add_row(sign, old["question"], old["answer"], last(old), last(new),
                           style="green" if right else "red")
     return table
 
 
-def pairs_table(title: str, pairs: list[tuple[str, str]]) -> Table:
-    table = Table(title, "", title_justify="left")
-    table.columns[1].justify = "right"
-    for label, value in pairs:
-        table.add_row(label, value)
+def right_aligned(headers: list[str], rows: list[tuple[str, ...]], title: str | None = None) -> Table:
+    """A table whose columns are aligned right, but for the first."""
+    table = Table(headers[0], *(Column(header, justify="right") for header in headers[1:]), title=title,
+                  title_justify="left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def training_summary(rows: list[dict], device: str) -> Table:
     total = lambda key: sum(row[key] for row in rows)  # noqa: E731
     seconds, share = total("rollout_s") + total("update_s"), total("tokens_trained") / total("tokens_generated")
-    return pairs_table("training", [
+    return right_aligned(["training", ""], [
         ("steps", str(len(rows))), ("tokens generated", f"{total('tokens_generated'):,}"),
         ("tokens trained", f"{total('tokens_trained'):,}  ({share:.1%})"),
         ("groups with signal", f"{total('signal') / len(rows):.0%}"),
@@ -1725,7 +1712,7 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
     peak_memory(device, reset=True)
     updated = update(policy, rollouts, new_optimizer(policy.model), 0.0, settings, random.Random(0))
     update_s, memory = time.perf_counter() - start - rollout_s, memory_name(device)
-    console.print(pairs_table(f"worst-case step, {settings.method}", [
+    console.print(right_aligned([f"worst-case step, {settings.method}", ""], [
         ("weights", gigabytes(sum(p.numel() * p.element_size() for p in policy.model.parameters()))),
         (f"peak {memory}, rollout", gigabytes(rollout_peak)),
         (f"peak {memory}, update", gigabytes(peak_memory(device))),
@@ -1753,29 +1740,25 @@ def eval_command(
     """Compare the base model and any number of adapters on the held-out problems."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    adapters = {str(folder): f"adapter{i}" for i, folder in enumerate(adapter or [])}
     settings = SimpleNamespace(**context.params)
-    if adapters:
+    if adapter:
         ask_as_trained(settings, adapter[0], on_command_line(context))
     policy, _, problems = find_policy(settings)
     problems = problems[:limit or None]
-    for folder, name in adapters.items():
-        policy.model = load_adapter(policy.model, Path(folder), name, settings.model)
-    results, rows = {}, []
-    with bar("evaluating") as progress:
-        bar_id = progress.add_task("", total=len(problems) * (1 + len(adapters)) * (1 + samples))
-        for label, name in {"base": "", **adapters}.items():
-            if name:
-                policy.model.set_adapter(name)
-            with policy.model.disable_adapter() if adapters and not name else contextlib.nullcontext():
-                results[label] = evaluate(policy, problems, settings, samples, lambda n: progress.advance(bar_id, n))
-            rows += [{"policy": label, **record} for record in results[label]]
-    if output:
-        write_jsonl(output, rows)
-    if adapters:
-        console.print(changes_table(results["base"], results[label], label))
+    for number, folder in enumerate(adapter or []):
+        policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
+    with policy.model.disable_adapter() if adapter else contextlib.nullcontext():
+        results = {"base": evaluate(policy, problems, settings, samples)}
+    for number, folder in enumerate(adapter or []):
+        policy.model.set_adapter(f"adapter{number}")
+        results[str(folder)] = evaluate(policy, problems, settings, samples)
+    label, last = list(results.items())[-1]
+    if adapter:
+        console.print(changes_table(results["base"], last, label))
     console.print(comparison_table(results, f"{task}, {Path(settings.model).name}"))
-    reached = accuracy(list(results.values())[-1])
+    if output:
+        write_jsonl(output, [{"policy": name, **record} for name, records in results.items() for record in records])
+    reached = accuracy(last)
     if reached < min_accuracy:
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
@@ -1785,7 +1768,7 @@ def eval_command(
 def inspect_command(
     context: typer.Context,
     task: Task,
-    method: Annotated[Shown, option("Whose credit to show; all: one after the other.", panel="Credit")] = Shown.s_grpo,
+    method: Annotated[Shown, option("Whose credit to show; all: one after the other.", panel="Credit")] = "s-grpo",
     alpha: Alpha = 4, p: P = 0.3,
     index: Annotated[Optional[int], option("Number of the training problem.", panel="Data", min=0,
                                            show_default="the first whose rewards differ")] = None,
@@ -1800,7 +1783,6 @@ def inspect_command(
     if output and output.suffix not in (".html", ".svg"):
         raise UserError(f"--output {output} must end in .html or .svg.")
     settings = SimpleNamespace(**context.params)
-    settings.method = method.value
     if adapter:
         ask_as_trained(settings, adapter, on_command_line(context))
     settings.metric = ""  # there is no evaluation here
@@ -1814,12 +1796,12 @@ def inspect_command(
         if rollout.has_signal:
             break
     shown = list(show_group(policy, rollout, settings))
-    console.print(*shown, sep="\n", highlight=False)
+    console.print(*shown, sep="\n")
     if output:
         paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), force_terminal=True)
-        paper.print(*shown, sep="\n", highlight=False)
+        paper.print(*shown, sep="\n")
         (paper.save_html if output.suffix == ".html" else paper.save_svg)(str(output))
-        console.print(f"Written: {output}", highlight=False)
+        console.print(f"Written: {output}")
 
 
 def show_group(policy: Policy, rollout: Rollout, settings) -> Iterator:
@@ -1829,7 +1811,7 @@ def show_group(policy: Policy, rollout: Rollout, settings) -> Iterator:
                         rollout.problem.answer)
     if not rollout.has_signal:
         yield Text("All rewards of this group are equal, so no method learns anything from it.", "yellow")
-    for method in [m.value for m in Method] if settings.method == "all" else [settings.method]:
+    for method in get_args(Method) if settings.method == "all" else [settings.method]:
         weights = {}
         if rollout.has_signal:
             weights = credit_weights(method, trie, rollout.rewards, settings, random.Random(settings.seed))
@@ -1871,7 +1853,7 @@ def branches_table(policy: Policy, trie: Trie, rewards: list[float], most: int =
         label = ("\u2026" if len(before) > 6 else "") + token_text(policy, before[-6:]) if before else "(the prompt)"
         for node in sorted(children[parent], key=lambda n: -len(through[n])):
             token = f'"{token_text(policy, [trie.tokens[node]])}"'  # quoted, for many begin with a space or are one
-            table.add_row(escape(label), escape(token), str(len(through[node])), f"{mean(node):.2f}",
+            table.add_row(label, token, str(len(through[node])), f"{mean(node):.2f}",
                           f"{mean(node) - mean(parent):+.2f}")
             label = ""
         table.add_section()
@@ -1881,13 +1863,13 @@ def branches_table(policy: Policy, trie: Trie, rewards: list[float], most: int =
 CURVES = {"reward": lambda m: m["reward"], "accuracy": lambda m: m["accuracy"], "length": lambda m: m["length"],
           "trained": lambda m: m["tokens_trained"] / m["tokens_generated"], "signal": lambda m: m["signal"],
           "memory": lambda m: m["peak_memory"] / 2**30}
-Curve = Enum("Curve", {name: name for name in CURVES}, type=str)
+Curve = Literal[tuple(CURVES)]
 
 
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[Curve, option("trained is the share of tokens, memory in GiB.", panel="Run")] = Curve.reward,
+    what: Annotated[Curve, option("trained is the share of tokens, memory in GiB.", panel="Run")] = "reward",
     smooth: Annotated[Optional[int], option("Show means over this many steps.", panel="Run", min=1,
                                             show_default="a tenth of them")] = None,
     output: Annotated[Optional[Path], option("Also draw it into this .png or .svg file.", panel="Run")] = None,
@@ -1897,15 +1879,15 @@ def plot(
     for run in runs:
         if not (rows := [row for _, row in read_rows(run / "metrics.jsonl")]):
             raise UserError(f"{run} has no steps yet.")
-        curves[str(run)] = [CURVES[what.value](row) for row in rows]
+        curves[str(run)] = [CURVES[what](row) for row in rows]
     width = smooth or max(1, max(map(len, curves.values())) // 10)
     smoothed = {run: [sum(part := values[max(0, i - width + 1):i + 1]) / len(part) for i in range(len(values))]
                 for run, values in curves.items()}
-    console.print(f"{what.value}, mean over {width} steps", highlight=False)
+    console.print(f"{what}, mean over {width} steps")
     console.print(*draw_curves(smoothed, min(console.width, 100) - 9, 16), sep="\n")
     if output:
-        save_picture(curves, smoothed, what.value, output)
-        console.print(f"Written: {output}", highlight=False)
+        save_picture(curves, smoothed, what, output)
+        console.print(f"Written: {output}")
 
 
 def draw_curves(curves: dict[str, list[float]], width: int, height: int) -> list[Text]:
@@ -1956,7 +1938,7 @@ def merge(
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
     name = adapter_settings(run)["model"]
-    console.print(f"Loading {name} ...", highlight=False)
+    console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     kind = stored_dtype(name) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
     merged = load_adapter(model, run, "adapter", name).merge_and_unload(safe_merge=True).to(kind)
@@ -1969,8 +1951,7 @@ def merge(
     if (own := Path(base_of(model).name_or_path) / "prompt.txt").is_file():
         shutil.copy(own, out)
     console.print(f"Written: {out}, {gigabytes(sum(p.numel() * p.element_size() for p in merged.parameters()))} in "
-                  f"{str(merged.dtype).split('.')[1]}\nCheck it: python tokenrl.py eval TASK --model {out}",
-                  highlight=False)
+                  f"{str(merged.dtype).split('.')[1]}\nCheck it: python tokenrl.py eval TASK --model {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -1992,7 +1973,7 @@ def main(arguments: list[str] | None = None) -> None:
             sentence = str(error)
         else:
             raise
-        errors.print("[bold red]Error:[/]", escape(sentence), highlight=False, soft_wrap=True)
+        errors.print(Text("Error:", "bold red"), sentence, soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -99,6 +99,7 @@ def test_prep_own_csv_and_jsonl(cli, tmp_path):
     (b'{"question": "q", "answer": 1}\n', ["--answer", "a"], "no column 'a'"),
     (b'{"question": "q", "answer": 1}\n', [], "1 usable problems are too few"),
     (b'{"question": "q", "answer": 1}\n', ["--name", "../x"], "cannot be a task's name"),
+    (b'{"question": "q", "answer": 1}\n', ["--name", ".."], "cannot be a task's name"),
 ])
 def test_prep_bad_files(cli, content, arguments, sentence):
     if content is not None:

@@ -14,6 +14,8 @@ ANSWERS = [
     ("24 - 9 = 15\n#### 15", 15), ("#### 15 apples", 15), ("#### 15\nQuestion: 3 + 4", 15), ("####15", 15),
     (r"so \boxed{42}", 42), (r"\boxed{-3}", -3),
     (r"the answer is $\boxed{5}$.", 5), (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
+    (r"\boxed{2\frac{1}{2}}", Fraction(5, 2)), (r"-\tfrac{1}{2}", Fraction(-1, 2)),
+    (r"\boxed{-3\dfrac{1}{2}}", Fraction(-7, 2)),
     ("The answer is 7. I checked it 2 times.", 7), ("the answer is **5**", 5), ("Final answer: 8, of 10", 8),
     ("The answer is 3. No, the answer is 4.", 4), ("#### 3\n#### 4", 4), ("the answer is:\n12", 12),
     ("#### none, so 6", 6), ("I say #### nothing\n9", 9),
@@ -44,7 +46,7 @@ def test_number_reward(text, answer, reward):
 
 
 @given(st.text(alphabet="0123456789-+.,/#$% \n\\boxed{}answeris:ABC\u2212\u0663", max_size=60))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_the_parser_never_fails(text):
     found = tokenrl.extract_number(text)
     assert found is None or isinstance(found, Fraction)
@@ -59,7 +61,7 @@ def test_every_integer_is_read_back(number, form):
 
 
 @given(st.binary(max_size=80), st.sampled_from([".csv", ".jsonl"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_are_read_or_refused_in_a_sentence(tmp_path_factory, raw, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"data{suffix}"
     path.write_bytes(raw)
@@ -74,7 +76,7 @@ def test_any_bytes_are_read_or_refused_in_a_sentence(tmp_path_factory, raw, suff
     "question": st.one_of(st.none(), st.integers(), st.text(max_size=8), st.just("\ud800")),
     "answer": st.one_of(st.none(), st.floats(), st.integers(), st.text(max_size=5), st.lists(st.integers()))}),
     max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_rows_are_read_or_refused_in_a_sentence(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("fuzz") / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -35,7 +35,9 @@ def shown(*things, width=200):
     ("exact", "C\nD", "C", 0.0), ("exact", "", "C", 0.0), ("exact", "#### C\r\nD", "C", 1.0),
     ("exact", "", "*", 0.0), ("exact", "#### *", "*", 1.0), ("exact", "#### \u00a0Paris\u00a0", "Paris", 1.0),
     ("regex:Total: {answer}$", "Total: 1.5", "1.5", 1.0), ("regex:Total: {answer}$", "Total: 1x5", "1.5", 0.0),
-    ("regex:^####", "#### 3", "4", 1.0),
+    ("regex:^####", "#### 3", "4", 1.0), ("regex:= {answer}?$", "= ", "12", 1.0),
+    ("regex:{answer}+$", "1212", "12", 1.0),
+    ("exact", r"The answer is $\boxed{B}$.", "B", 1.0), ("exact", "#### 5 $", "5 $", 1.0),
 ])
 def test_rewards(option, text, answer, reward):
     assert tokenrl.reward_function(option)(text, answer) == reward
@@ -45,6 +47,8 @@ def test_reward_from_a_file(tmp_path):
     path = tmp_path / "score.py"
     path.write_text("def near(text, answer):\n    return max(0.0, 1 - abs(float(text) - float(answer)) / 10)\n")
     assert tokenrl.reward_function(f"{path}:near")("7", "9") == pytest.approx(0.8)
+    path.write_text("import numpy\ndef half(text, answer):\n    return numpy.float32(0.5)\n")
+    assert tokenrl.reward_function(f"{path}:half")("", "") == 0.5
 
 
 @pytest.mark.parametrize("code, name, sentence", [
@@ -68,6 +72,7 @@ def test_a_broken_reward_is_reported_with_its_completion(tmp_path, code, name, s
 def test_unknown_rewards_end_in_one_sentence(cli):
     assert "is not a reward; use number, exact" in cli("train", "svamp", *FAST, "--reward", "best")[1]
     assert "is not a regular expression" in cli("train", "svamp", *FAST, "--reward", "regex:(")[1]
+    assert "'numbr' is not a reward" in cli("prep", "multiply", "--reward", "numbr", "--data-dir", "d")[1]
     assert "There is no file none.py" in cli("eval", "svamp", "--metric", "none.py:f")[1]
 
 
@@ -76,12 +81,14 @@ def test_text_answers_from_file_to_adapter(cli, tmp_path):
     Path("parity.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "0 usable problems" in cli("prep", "parity.jsonl", "--data-dir", "d")[1]
     code, text = cli("prep", "parity.jsonl", "--reward", "exact", "--data-dir", "d")
-    assert code == 0 and "train parity --reward exact" in text
+    assert code == 0 and "train parity --reward exact --data-dir d" in text
+    text = cli("prep", "parity.jsonl", "--reward", "regex:^{answer}$", "--data-dir", "d")[1]
+    assert "--reward 'regex:^{answer}$'" in text
     assert "line 1: the answer is not a number" in cli("train", "parity", "--model", DEMO, "--data-dir", "d")[1]
     Path("kpi.py").write_text("def short(text, answer): return float(len(text) < 5)\n")
     arguments = ["--model", DEMO, "--data-dir", "d", *FAST, "--steps", "1", "--metric", "kpi.py:short"]
     code, text = cli("train", "parity", *arguments, "--reward", "exact")
-    assert code == 0 and "mean of --metric" in text
+    assert code == 0 and "mean of --metric" in text and "--adapter runs/parity-s-grpo --data-dir d" in text
     answers = rows_of("runs/parity-s-grpo/eval.jsonl")
     assert all(a["metric"] == (len(a["completion"]) < 5) for a in answers)
     code, text = cli("eval", "parity", "--adapter", "runs/parity-s-grpo", "--data-dir", "d")  # asks as it was trained
