@@ -1486,7 +1486,7 @@ def adapter_settings(run: Path) -> dict:
         model = json.loads(read_text(run / "adapter_config.json"))["base_model_name_or_path"]
     except (UserError, ValueError, KeyError, TypeError):
         raise UserError(f"{run} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
-    return {"model": model} | saved_settings(run)
+    return {"model": model or "a model that it does not name"} | saved_settings(run)
 
 
 def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
@@ -1503,7 +1503,7 @@ def resume_settings(settings, run: Path, explicit: set[str]) -> None:
     if not saved:
         raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
     if "data_dir" in explicit:  # the data may have moved
-        del saved["data_dir"]
+        saved.pop("data_dir", None)
     if differing := [key for key in sorted(explicit & saved.keys()) if vars(settings)[key] != saved[key]]:
         raise UserError("--resume continues a run with its own settings (start a new one for others); these differ: "
                         + ", ".join(f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))

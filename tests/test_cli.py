@@ -387,6 +387,9 @@ def test_an_adapter_that_does_not_fit(cli, tmp_path):
     assert cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "a/model")[0] == 0
     code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d", "--model", "b/model")
     assert code == 1 and "does not fit" in text
+    Path("d").rename("moved")
+    assert cli("train", "own", "--resume", "runs/own-s-grpo", "--data-dir", "moved")[0] == 0
+    Path("moved").rename("d")
     weights = Path("runs/own-s-grpo/adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d")
@@ -394,6 +397,11 @@ def test_an_adapter_that_does_not_fit(cli, tmp_path):
     Path("runs/own-s-grpo/config.json").write_text('{"settings": {"model": "a/first.gguf"}}')
     with pytest.raises(tokenrl.UserError, match="was made for a/first.gguf, not for a/second.gguf"):
         tokenrl.load_adapter(random_model("qwen2"), Path("runs/own-s-grpo"), "x", "a/second.gguf")
+    Path("nameless").mkdir()
+    for foreign, sentence in (("[]", "holds no adapter"),
+                              ('{"base_model_name_or_path": null}', "made for a model that it does not name")):
+        Path("nameless/adapter_config.json").write_text(foreign)
+        assert sentence in cli("eval", "own", "--adapter", "nameless", "--data-dir", "d", "--model", "a/model")[1]
     for foreign in ("[]", "{"):
         Path("runs/own-s-grpo/config.json").write_text(foreign)
         assert "is not the config.json of a run" in cli("train", "own", "--resume", "runs/own-s-grpo")[1]
