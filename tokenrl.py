@@ -1387,7 +1387,7 @@ def train_command(
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
     lr: Annotated[Optional[float], option("Peak learning rate; warms up, then decays.", panel="Update", min=0,
-                                          show_default="1e-3; 3e-3 for the bundled model")] = None,
+                                          show_default="5e-4; 3e-3 for the bundled model")] = None,
     beta: Annotated[float, option("Weight of the KL to the model without adapter.", panel="Update", min=0)] = 0.0,
     l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
     max_pack_tokens: Annotated[int, option("Tokens in one forward pass of the update, the part of the prompt that all "
@@ -1413,7 +1413,7 @@ def train_command(
     settings.device = join_processes(settings.device)
     policy, train_set, test_set = find_policy(settings)
     if settings.lr is None:  # small models need larger steps
-        settings.lr = 3e-3 if is_bundled(settings.model) else 1e-3
+        settings.lr = 3e-3 if is_bundled(settings.model) else 5e-4
     torch.manual_seed(settings.seed)
     policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
                             settings.lora_layers, settings.checkpointing)
