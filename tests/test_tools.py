@@ -310,7 +310,7 @@ def test_the_readmes_commands_work(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenrl, "SVAMP_URL", (tmp_path / "SVAMP.json").as_uri())
     monkeypatch.setattr(tokenrl, "DATA", tmp_path / "data")
     shutil.copytree(DEMO, "data/demo")
-    for name in ("Qwen/Qwen2-1.5B", "Qwen2.5-Coder-0.5B-Instruct"):
+    for name in ("Qwen/Qwen2-1.5B", "Qwen2.5-Coder-0.5B-Instruct", "MODEL"):
         shutil.copytree(DEMO, name)
     tool = {c.name or c.callback.__name__: c for c in tokenrl.app.registered_commands}
     assert {"prep", "train", "eval", "inspect", "plot", "merge"} == set(tool)
