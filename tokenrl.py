@@ -84,7 +84,7 @@ class _Lazy:
 
 torch, transformers, peft = _Lazy("torch"), _Lazy("transformers"), _Lazy("peft")
 # Text of the user's own can hold what rich takes for markup or emoji.
-console, errors = (Console(stderr=stderr, markup=False, emoji=False) for stderr in (False, True))
+console, errors = (Console(stderr=stderr, markup=False, emoji=False, highlight=False) for stderr in (False, True))
 
 
 class UserError(Exception):
@@ -184,7 +184,7 @@ def reward_function(option: str) -> Callable[[str, str], float]:
     if option in (named := {"number": number_reward, "exact": exact_reward}):
         return named[option]
     if option.startswith("regex:"):
-        pattern = option.removeprefix("regex:").replace("{answer}", "(?:{answer})")
+        pattern = re.sub(r"\{answer\}(?=[?*+{])", "(?:{answer})", option.removeprefix("regex:"))
         try:
             re.compile(pattern.replace("{answer}", "0"))
         except re.error as error:
@@ -1603,7 +1603,7 @@ def columns(device: str) -> list[tuple[str, int, Callable[[dict], str]]]:
 def live_table(steps: int, device: str):
     """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
     if not console.is_terminal:
-        console.print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)))
+        console.print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)), soft_wrap=True)
         yield lambda metrics: console.print(" ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device)),
                                             soft_wrap=True)
         return
@@ -1740,16 +1740,16 @@ def eval_command(
     """Compare the base model and any number of adapters on the held-out problems."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    settings = SimpleNamespace(**context.params)
+    adapter, settings = list(dict.fromkeys(adapter or [])), SimpleNamespace(**context.params)
     if adapter:
         ask_as_trained(settings, adapter[0], on_command_line(context))
     policy, _, problems = find_policy(settings)
     problems = problems[:limit or None]
-    for number, folder in enumerate(adapter or []):
+    for number, folder in enumerate(adapter):
         policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
     with policy.model.disable_adapter() if adapter else contextlib.nullcontext():
         results = {"base": evaluate(policy, problems, settings, samples)}
-    for number, folder in enumerate(adapter or []):
+    for number, folder in enumerate(adapter):
         policy.model.set_adapter(f"adapter{number}")
         results[str(folder)] = evaluate(policy, problems, settings, samples)
     label, last = list(results.items())[-1]

@@ -1,4 +1,5 @@
 """The exact core: credit functions, the packed pass and its gradients, sampling."""
+import contextlib
 import gc
 import math
 import random
@@ -475,16 +476,17 @@ def test_samples_leave_the_greedy_batches_as_they_are(words, monkeypatch):
     policy = tokenrl.Policy(random_model("qwen2"), words, "{question}")
     problems = [tokenrl.Problem(f"{2 + i} {2 + 7 * i % 90}", "1") for i in range(50)]
     settings = SimpleNamespace(batch_rows=20, max_new_tokens=8, temperature=1.0, seed=0)
-    asked, plain = [], tokenrl.sample
+    asked, told, plain = [], [], tokenrl.sample
+    monkeypatch.setattr(tokenrl, "bar", lambda *_: contextlib.nullcontext(lambda advance: told.append(advance)))
     monkeypatch.setattr(tokenrl, "sample", lambda model, tokenizer, prompts, count, **rest: asked.append(
         (prompts, count, rest["temperature"])) or plain(model, tokenizer, prompts, count, **rest))
     alone = tokenrl.evaluate(policy, problems, settings)
-    greedy, asked[:] = list(asked), []
+    greedy, asked[:], told[:] = list(asked), [], []
     beside = tokenrl.evaluate(policy, problems, settings, samples=5)
     assert [call for call in asked if call[2] == 0] == greedy
     assert all(len(prompts) * count <= 20 for prompts, count, _ in asked)
     assert [record["completion"] for record in beside] == [record["completion"] for record in alone]
-    assert {record["samples"] for record in beside} == {5}
+    assert {record["samples"] for record in beside} == {5} and sum(told) == 50 * (1 + 5)
 
 
 def test_the_same_seed_gives_the_same_samples(words):

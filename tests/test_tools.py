@@ -37,6 +37,7 @@ def shown(*things, width=200):
     ("regex:Total: {answer}$", "Total: 1.5", "1.5", 1.0), ("regex:Total: {answer}$", "Total: 1x5", "1.5", 0.0),
     ("regex:^####", "#### 3", "4", 1.0), ("regex:= {answer}?$", "= ", "12", 1.0),
     ("regex:{answer}+$", "1212", "12", 1.0),
+    ("regex:^[{answer}]$", "(", "B", 0.0), ("regex:^[{answer}]$", "B", "B", 1.0),
     ("exact", r"The answer is $\boxed{B}$.", "B", 1.0), ("exact", "#### 5 $", "5 $", 1.0),
 ])
 def test_rewards(option, text, answer, reward):
