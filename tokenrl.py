@@ -83,12 +83,16 @@ class _Lazy:
 
 
 torch, transformers, peft = _Lazy("torch"), _Lazy("transformers"), _Lazy("peft")
-# Text of the user's own can hold what rich takes for markup or emoji.
-console, errors = (Console(stderr=stderr, markup=False, emoji=False, highlight=False) for stderr in (False, True))
+AS_IT_IS = {"markup": False, "emoji": False, "highlight": False}  # the user's text can hold what rich takes for markup
+console, errors = (Console(stderr=stderr, **AS_IT_IS) for stderr in (False, True))
 
 
 class UserError(Exception):
     """Something the user can put right: shown as one sentence, never as a traceback."""
+
+
+class Unreachable(UserError):
+    """What should come from the network cannot be had."""
 
 
 def first_line(error: Exception) -> str:
@@ -306,7 +310,7 @@ def svamp_problems(source: Optional[Path]) -> list[Problem]:
             with urllib.request.urlopen(SVAMP_URL, timeout=20) as answer:
                 raw = answer.read()
         except OSError as error:
-            raise UserError(f"SVAMP could not be downloaded ({error}); fetch {SVAMP_URL} on another machine and run: "
+            raise Unreachable(f"SVAMP could not be downloaded ({error}); fetch {SVAMP_URL} on another machine and run: "
                             "python tokenrl.py prep svamp --source SVAMP.json") from None
     if hashlib.sha256(raw).hexdigest() != SVAMP_SHA256:
         raise UserError("This SVAMP.json is not the published file (its sha256 differs); fetch it again, or prepare "
@@ -414,8 +418,12 @@ class Policy:
             return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         if self.prompt == "plain":
             shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in self.examples)
-            return self.tokenizer.encode(f"{shots}Question: {question}\nAnswer:")
-        return self.tokenizer.encode(self.prompt.replace("{question}", question))
+            text = f"{shots}Question: {question}\nAnswer:"
+        else:
+            text = self.prompt.replace("{question}", question)
+        ids, end = self.tokenizer.encode(text), self.tokenizer.eos_token
+        # Some tokenizers append their end token, after which there is nothing to be said.
+        return ids[:-1] if end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end) else ids
 
     def text(self, completion: list[int]) -> str:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -498,15 +506,22 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         kind = pick_dtype(dtype, device, stored_dtype(name))
         if options:  # LoRA needs plain weights
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options).to(device)
-    except (OSError, ValueError, KeyError, ImportError, _Lazy("safetensors").SafetensorError) as error:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True,
+                                                                         **options)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # broken files end in errors of many kinds
         if not local:
-            raise UserError(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
-                            "the spelling and the network, or give the path of a downloaded folder. The hub's client "
-                            f"says: {first_line(error)}") from None
+            raise Unreachable(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
+                              "the spelling and the network, or give the path of a downloaded folder. The hub's client "
+                              f"says: {first_line(error)}") from None
         raise UserError(f"{name} does not hold a model that can be loaded: {first_line(error)}") from None
+    if found["missing_keys"]:  # transformers fills them with random numbers
+        raise UserError(f"{name} lacks weights of its model, such as {min(found['missing_keys'])}.")
+    if not tokenizer.encode("1"):
+        raise UserError(f"{name} lacks its tokenizer (tokenizer.json).")
     model.eval()  # no dropout: the log-probs that are trained must be those that were sampled from
-    return model, tokenizer
+    return model.to(device), tokenizer
 
 
 def base_of(model):
@@ -551,7 +566,7 @@ def load_adapter(model, folder: Path, name: str, given: str):
             model.load_adapter(str(folder), adapter_name=name)
             return model
         return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    except (OSError, ValueError, RuntimeError, _Lazy("safetensors").SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, _Lazy("safetensors").SafetensorError) as error:
         raise UserError(f"The adapter in {folder} does not fit {given}: {first_line(error)}") from None
 
 
@@ -569,7 +584,7 @@ def choose_prompt(option: str, model, tokenizer) -> str:
     for chat models. Base checkpoints ship chat templates too, so a chat model is one that also stops, by its own
     configuration, at the token with which its template ends a turn."""
     own = Path(base_of(model).name_or_path) / "prompt.txt"
-    if option == "auto" and own.is_file():
+    if option == "auto" and own.is_file() and (own.parent / "config.json").is_file():
         option = str(own)
     if option == "auto":
         if not getattr(tokenizer, "chat_template", None):
@@ -777,13 +792,14 @@ def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]],
     return rollouts
 
 
-def replay_points(rollouts: list[Rollout], count: int, max_new_tokens: int, rng: random.Random):
-    """(problems, prefixes) of `count` replays: random positions inside, by turns, successful and failed completions,
-    so that later positions branch too. Groups that never succeed have nothing to tell apart and are left alone."""
+def replay_points(rollouts: list[Rollout], turns: range, max_new_tokens: int, rng: random.Random):
+    """(problems, prefixes) of the replays number `turns`: random positions inside successful (even numbers) and failed
+    completions, so that later positions branch too. Groups that never succeed have nothing to tell apart and are left
+    alone."""
     pools = [[(r.problem, c) for r in rollouts if max(r.rewards) > 0 for c, reward in zip(r.completions, r.rewards)
               if (reward == max(r.rewards)) == success and 2 < len(c) < max_new_tokens] for success in (True, False)]
     pools = [pool for pool in pools if pool]
-    points = [rng.choice(pools[i % len(pools)]) for i in range(count if pools else 0)]
+    points = [rng.choice(pools[i % len(pools)]) for i in turns if pools]
     return [p for p, _ in points], [c[:rng.randrange(1, len(c) - 1)] for _, c in points]
 
 
@@ -1032,9 +1048,9 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
     """
     params = [p for p in policy.model.parameters() if p.requires_grad]
     credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
-    for rollout in filter(lambda rollout: rollout.has_signal, rollouts):
+    for rollout in rollouts:
         trie = Trie(rollout.completions)
-        if weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng):
+        if rollout.has_signal and (weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng)):
             credited[rollout.prompt[0]].append((rollout, trie, weights))
     loss_sum, own = 0.0, sum(len(weights) for groups in credited.values() for *_, weights in groups)
     group_count, trained = map(sum, zip(*gather((len(rollouts), own))))
@@ -1109,11 +1125,10 @@ def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, se
     start = time.perf_counter()
     asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)[rank::world]
     rollouts = roll_out(policy, asked, [[]] * len(asked), settings, seed=rng.getrandbits(32))
-    points = replay_points(rollouts, len(range(rank, settings.replay, world)), settings.max_new_tokens, rng)
+    points = replay_points(rollouts, range(rank, settings.replay, world), settings.max_new_tokens, rng)
     replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32))
-    middle = time.perf_counter()
-    updated = update(policy, rollouts + replays, optimizer, learning_rate(step, settings), settings, rng)
-    every = rollouts + replays
+    every, middle = rollouts + replays, time.perf_counter()
+    updated = update(policy, every, optimizer, learning_rate(step, settings), settings, rng)
     facts = {  # lists, of which the row shows the mean over all processes
         "reward": [reward for r in rollouts for reward in r.rewards],
         "signal": [r.has_signal for r in every],
@@ -1205,7 +1220,7 @@ def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0
                 prompts = [policy.prompt_ids(problems[i].question) for i in chunk]
                 groups = sample(policy.model, policy.tokenizer, prompts, count, stop=policy.stop,
                                 max_new_tokens=settings.max_new_tokens, temperature=temperature,
-                                rows=settings.batch_rows, seed=settings.seed + start)
+                                rows=settings.batch_rows, seed=settings.seed + start * world + rank)
                 for i, group in zip(chunk, groups):
                     answers[i] += group
                 move(advance=len(chunk) * count * world)
@@ -1306,14 +1321,14 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             if not demo:
                 console.print(f"Loading {name} ...")
             model, tokenizer = load_model(name, settings.device, settings.dtype)
-        except UserError as error:
-            if name == names[-1]:
-                if settings.model != "auto" or DEFAULT_MODEL not in str(error):
-                    raise
-                raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
-                                "--model demo is enough.") from None
-            reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
-            continue
+        except Unreachable as error:
+            if name != names[-1]:
+                reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
+                continue
+            if settings.model != "auto":
+                raise
+            raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
+                            "--model demo is enough.") from None
         check_packing(model, tokenizer)
         settings.model = name
         form = choose_prompt(settings.prompt, model, tokenizer)
@@ -1346,7 +1361,7 @@ def prep(
     else:
         problems, rejected = file_problems(Path(what), question, answer, reward == "number")
     name = name or Path(what).stem
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in {"demo", "svamp", "multiply"} - {what}:
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in {"demo", "svamp", "multiply"} - {what}:
         raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
     examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
     for reason, lines in rejected.items():
@@ -1420,7 +1435,7 @@ def train_command(
     longest = max(train_set + test_set, key=lambda problem: len(problem.question))
     check_window(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
     if dry_run:
-        show_dry_run(policy, train_set, settings)
+        show_dry_run(policy, train_set, test_set[:settings.eval_problems or None], settings)
         return leave_processes()
     run = resume or gather(main_process() and new_run(name or f"{task}-{settings.method}", settings))[0]
     show_start(policy, settings, run, train_set, test_set)
@@ -1430,7 +1445,7 @@ def train_command(
 
 def join_processes(device: str) -> str:
     """Under torchrun, connect the processes and let only the first one speak; returns the device of this process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "LOCAL_RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":  # some clusters set one of them
         return device
     device = pick_device(device)
     if device.startswith("cuda"):
@@ -1452,21 +1467,22 @@ def leave_processes() -> None:
 
 
 def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) -> None:
-    device, task = str(base_of(policy.model).device), settings.task
-    with catch_signals() as stop:
+    device, task, folder = str(base_of(policy.model).device), settings.task, shlex.quote(str(run))
+    again = f"Continue with: python tokenrl.py train {task} --resume {folder}"
+    with catch_signals(again) as stop:
         base = evaluate_once(policy, test_set, settings, run, "base", stop)
         console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)")
         with live_table(settings.steps, device) as show:
             for metrics in train(policy, train_set, settings, run, stop):
                 show(metrics)
         if any(gather(bool(stop))):
-            console.print(f"Stopped and saved. Continue with: python tokenrl.py train {task} --resume {run}")
+            console.print(f"Stopped and saved. {again}")
             raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
         trained = evaluate_once(policy, test_set, settings, run, "trained", stop)
     rows = [row for _, row in read_rows(run / "metrics.jsonl")]
     console.print(comparison_table({"base": base, "trained": trained}, f"{task}, {settings.method}, {run}"))
     console.print(training_summary(rows, device))
-    console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {run}"
+    console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {folder}"
                   + data_dir_option(settings.data_dir))
 
 
@@ -1486,7 +1502,7 @@ def adapter_settings(run: Path) -> dict:
         model = json.loads(read_text(run / "adapter_config.json"))["base_model_name_or_path"]
     except (UserError, ValueError, KeyError, TypeError):
         raise UserError(f"{run} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
-    return {"model": model or "a model that it does not name"} | saved_settings(run)
+    return {"model": str(model or "a model that it does not name")} | saved_settings(run)
 
 
 def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
@@ -1502,8 +1518,8 @@ def resume_settings(settings, run: Path, explicit: set[str]) -> None:
     saved = saved_settings(run)
     if not saved:
         raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
-    if "data_dir" in explicit:  # the data may have moved
-        saved.pop("data_dir", None)
+    for key in explicit & {"data_dir", "device", "batch_rows", "max_pack_tokens", "checkpointing", "save_every"}:
+        saved.pop(key, None)  # the data may have moved, the memory have run out; the method stays the same
     if differing := [key for key in sorted(explicit & saved.keys()) if vars(settings)[key] != saved[key]]:
         raise UserError("--resume continues a run with its own settings (start a new one for others); these differ: "
                         + ", ".join(f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))
@@ -1529,9 +1545,9 @@ def new_run(name: str, settings) -> Path:
 
 
 @contextlib.contextmanager
-def catch_signals():
+def catch_signals(again: str):
     """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step in progress can be finished and
-    saved. A second one ends the program at once."""
+    saved. A second one ends the program at once, saying `again`."""
     stop: list[int] = []
 
     def handle(number, frame):
@@ -1544,7 +1560,7 @@ def catch_signals():
     try:
         yield stop
     except KeyboardInterrupt:
-        errors.print("Interrupted; what was saved before is intact.")
+        errors.print(f"Interrupted; what was saved before is intact. {again}")
         raise typer.Exit(128 + stop[0]) from None
     finally:
         for number, handler in before.items():
@@ -1699,26 +1715,36 @@ def training_summary(rows: list[dict], device: str) -> Table:
         (f"peak {memory_name(device)}", gigabytes(max(row["peak_memory"] for row in rows)))])
 
 
-def show_dry_run(policy: Policy, problems: list[Problem], settings) -> None:
-    """One step at its worst: the longest prompts, completions that never end, and signal in every group."""
-    device, start = str(base_of(policy.model).device), time.perf_counter()
-    prompts = sorted((policy.prompt_ids(p.question) for p in problems), key=len)[-settings.prompts_per_step:]
-    peak_memory(device, reset=True)
-    groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, rows=settings.batch_rows, ends=set(),
-                    max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
-    rollout_s, rollout_peak = time.perf_counter() - start, peak_memory(device)
+def show_dry_run(policy: Policy, train_set: list[Problem], test_set: list[Problem], settings) -> None:
+    """One step and one batch of the evaluation at their worst: the longest prompts, completions that never end, and
+    signal in every group."""
+    device, count = str(base_of(policy.model).device), settings.prompts_per_step
+    asked, tested = (sorted((policy.prompt_ids(p.question) for p in problems), key=len)
+                     for problems in (train_set, test_set))
+    asked = (asked * count)[-count:]  # where there are fewer, some come twice in a step
+
+    def measured(task: Callable):
+        peak_memory(device, reset=True)
+        start = time.perf_counter()
+        return task(), time.perf_counter() - start, peak_memory(device)
+
+    unending = partial(sample, policy.model, policy.tokenizer, rows=settings.batch_rows, ends=set(),
+                       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    _, eval_s, eval_peak = measured(lambda: unending(tested[-settings.batch_rows:]))
+    groups, rollout_s, rollout_peak = measured(lambda: unending(asked, settings.group_size))
     rewards = [float(i % 2) for i in range(settings.group_size)]
-    rollouts = [Rollout(problems[0], prompt, group, rewards) for prompt, group in zip(prompts, groups)]
-    peak_memory(device, reset=True)
-    updated = update(policy, rollouts, new_optimizer(policy.model), 0.0, settings, random.Random(0))
-    update_s, memory = time.perf_counter() - start - rollout_s, memory_name(device)
+    rollouts = [Rollout(train_set[0], prompt, group, rewards) for prompt, group in zip(asked, groups)]
+    updated, update_s, update_peak = measured(lambda: update(policy, rollouts, new_optimizer(policy.model), 0.0,
+                                                             settings, random.Random(0)))
+    memory = memory_name(device)
     console.print(right_aligned([f"worst-case step, {settings.method}", ""], [
         ("weights", gigabytes(sum(p.numel() * p.element_size() for p in policy.model.parameters()))),
+        (f"peak {memory}, evaluation", gigabytes(eval_peak)),
         (f"peak {memory}, rollout", gigabytes(rollout_peak)),
-        (f"peak {memory}, update", gigabytes(peak_memory(device))),
+        (f"peak {memory}, update", gigabytes(update_peak)),
         ("tokens generated", f"{sum(len(c) for group in groups for c in group):,}"),
         ("tokens trained", f"{updated['tokens_trained']:,}"),
-        ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}")]))
+        ("evaluation batch, s", f"{eval_s:.1f}"), ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}")]))
 
 
 @app.command(name="eval")
@@ -1739,6 +1765,8 @@ def eval_command(
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
     if output:
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder, not a file.")
         output.parent.mkdir(parents=True, exist_ok=True)
     adapter, settings = list(dict.fromkeys(adapter or [])), SimpleNamespace(**context.params)
     if adapter:
@@ -1751,7 +1779,7 @@ def eval_command(
         results = {"base": evaluate(policy, problems, settings, samples)}
     for number, folder in enumerate(adapter):
         policy.model.set_adapter(f"adapter{number}")
-        results[str(folder)] = evaluate(policy, problems, settings, samples)
+        results[str(folder) + "/" * (str(folder) == "base")] = evaluate(policy, problems, settings, samples)
     label, last = list(results.items())[-1]
     if adapter:
         console.print(changes_table(results["base"], last, label))
@@ -1798,7 +1826,7 @@ def inspect_command(
     shown = list(show_group(policy, rollout, settings))
     console.print(*shown, sep="\n")
     if output:
-        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), force_terminal=True)
+        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), force_terminal=True, **AS_IT_IS)
         paper.print(*shown, sep="\n")
         (paper.save_html if output.suffix == ".html" else paper.save_svg)(str(output))
         console.print(f"Written: {output}")
@@ -1937,7 +1965,8 @@ def merge(
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or transformers."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
-    name = adapter_settings(run)["model"]
+    trained = adapter_settings(run)
+    name = trained["model"]
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     kind = stored_dtype(name) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
@@ -1951,7 +1980,12 @@ def merge(
     if (own := Path(base_of(model).name_or_path) / "prompt.txt").is_file():
         shutil.copy(own, out)
     console.print(f"Written: {out}, {gigabytes(sum(p.numel() * p.element_size() for p in merged.parameters()))} in "
-                  f"{str(merged.dtype).split('.')[1]}\nCheck it: python tokenrl.py eval TASK --model {out}")
+                  f"{str(merged.dtype).split('.')[1]}")
+    if "task" in trained and not is_bundled(name):
+        asked = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(trained[key]))}" for key in
+                        ("prompt", "shots", "max_new_tokens", "reward") if trained.get(key) is not None)
+        console.print(f"Check it: python tokenrl.py eval {trained['task']} --model {shlex.quote(str(out))}{asked}"
+                      + data_dir_option(trained["data_dir"]))
 
 
 def main(arguments: list[str] | None = None) -> None:

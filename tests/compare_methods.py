@@ -3,9 +3,11 @@
     python tests/compare_methods.py                                   # 3 methods x 5 seeds, about ten minutes
     python tests/compare_methods.py --seeds 2 --steps 50 --lr 1e-3    # options it does not know go to `train`
 
-Runs lie in runs/compare-METHOD-SEED of the current folder; what is there already is not trained again.
+Runs lie in runs/compare-METHOD-SEED, with the options behind it, of the current folder; what is there already is not
+trained again, and what was interrupted goes on.
 """
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -43,12 +45,13 @@ def main(context: typer.Context, seeds: Annotated[int, typer.Option(help="Seeds 
     found: dict[str, list[dict]] = {method: [] for method in METHODS}
     for seed in range(seeds):
         for method in METHODS:
-            name = f"compare-{method}-{seed}"
-            if not Path("runs", name, "eval.jsonl").exists():
-                command = [sys.executable, ROOT / "tokenrl.py", "train", "svamp", "--method", method, "--seed", seed,
-                           "--name", name, "--eval-samples", 4, *context.args]
+            name = re.sub(r"[^\w.]+", "-", " ".join(["compare", method, str(seed), *context.args]))
+            run, options = Path("runs", name), ["--method", method, "--seed", seed, "--name", name, "--eval-samples", 4]
+            if not (run / "eval.jsonl").exists() or rows_of(run / "eval.jsonl")[-1]["phase"] != "trained":
+                command = [sys.executable, ROOT / "tokenrl.py", "train", "svamp",
+                           *(["--resume", run] if run.exists() else [*options, *context.args])]
                 subprocess.run(list(map(str, command)), check=True)
-            found[method].append(figures(Path("runs", name)))
+            found[method].append(figures(run))
     table = Table("", *METHODS, title=f"{seeds} seeds: mean ± standard deviation (lowest to highest)")
     for key, label, form in (("base greedy", "before, greedy %", ".1f"), ("base sampled", "before, sampled %", ".1f"),
                              ("trained greedy", "after, greedy %", ".1f"),

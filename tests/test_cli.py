@@ -14,6 +14,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -171,7 +172,11 @@ def test_dry_run(cli):
     code, text = cli("train", "svamp", *FAST, "--dry-run", "--method", "grpo")
     assert code == 0 and "peak memory, update" in text
     assert "tokens generated │ 192" in text  # 2 x 4 x 24: none ends early
-    assert not Path("runs").exists()
+    assert "peak memory, evaluation" in text and not Path("runs").exists()
+    tokenrl.write_task("few", [tokenrl.Problem(f"{i}+1?", str(i + 1)) for i in range(6)], [], 0.5, 0, Path("d"))
+    few = ["few", "--data-dir", "d", "--model", DEMO, *FAST, "--prompts-per-step", 8]
+    code, text = cli("train", *few, "--dry-run")
+    assert code == 0 and "tokens generated │ 768" in text  # 8 x 4 x 24: problems come again, as in training
 
 
 def test_a_run_killed_several_times_ends_with_the_same_numbers(cli, tmp_path):
@@ -196,12 +201,13 @@ def test_a_run_killed_several_times_ends_with_the_same_numbers(cli, tmp_path):
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     code, text = cli("train", "svamp", "--resume", "runs/killed", "--lr", "0.5", "--group-size", "8")
     assert code == 1 and "group_size was 4, now 8" in text and "lr was 0.0" in text
+    saving = ["--batch-rows", 2, "--max-pack-tokens", 64, "--checkpointing", "--save-every", 1]
+    assert cli("train", "svamp", "--resume", "runs/killed", "--device", "cpu", *saving)[0] == 0
     assert "not a run that can be resumed" in cli("train", "svamp", "--resume", "runs")[1]
 
 
 def transformers_weights(run):
-    from safetensors.torch import load_file
-    return load_file(run / "adapter_model.safetensors")
+    return safetensors.torch.load_file(run / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -216,6 +222,15 @@ def test_signals_save_and_exit(tmp_path, number, code):
     assert process.returncode == code and "--resume runs/svamp-s-grpo" in " ".join(text.split()), text
     state = torch.load(metrics.parent / "state.pt", weights_only=True)
     assert state["step"] == len(metrics.read_text().splitlines())
+
+
+def test_a_second_signal_gives_up_and_says_how_to_continue(cli, monkeypatch):
+    def killed_twice(*_, **__):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(tokenrl, "evaluate", killed_twice)
+    code, text = cli("train", "svamp", *FAST, "--name", "my run")
+    assert code == 130 and "Interrupted" in text and "train svamp --resume 'runs/my run'" in text
 
 
 def test_full_disk_keeps_the_last_checkpoint(cli, monkeypatch):
@@ -360,6 +375,30 @@ def test_a_named_model_is_never_replaced(cli):
     assert code == 1 and "pointer does not hold a model that can be loaded" in text
 
 
+@pytest.mark.parametrize("name, content, sentence", [
+    ("tokenizer.json", None, "lacks its tokenizer"),
+    ("config.json", "[]", "does not hold a model that can be loaded"),
+    ("config.json", ("hidden_size", 64), "does not hold a model that can be loaded"),
+    ("config.json", ("hidden_size", "wide"), "does not hold a model that can be loaded"),
+    ("model.safetensors", "layers.1.", "lacks weights of its model, such as model.layers.1."),
+])
+def test_a_broken_model_ends_in_one_sentence(cli, name, content, sentence):
+    shutil.copytree(DEMO, "broken")
+    path = Path("broken", name)
+    if content is None:
+        path.unlink()
+    elif isinstance(content, tuple):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict([content])))
+    elif name == "model.safetensors":
+        kept = {k: v for k, v in safetensors.torch.load_file(path).items() if content not in k}
+        safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
+    else:
+        path.write_text(content)
+    shutil.copytree(DEMO, "d/demo2")
+    code, text = cli("train", "demo2", "--model", "broken", "--data-dir", "d")
+    assert code == 1 and f"broken {sentence}" in text
+
+
 def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, monkeypatch):
     devices = iter(["cuda"])  # what is asked first is whether there is a GPU
     monkeypatch.setattr(tokenrl, "pick_device", lambda device: next(devices, "cpu"))
@@ -369,12 +408,23 @@ def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, m
     assert "neither a local folder nor could it be had from the hub" in text
 
 
+def test_auto_does_not_fall_back_where_the_data_is_wrong(cli, monkeypatch):
+    monkeypatch.setattr(tokenrl, "pick_device", lambda device: "cuda")
+    shutil.copytree(DEMO, "d/svamp")
+    Path("d/svamp/examples.jsonl").write_text('{"question": "q"}\n')
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
+    assert code == 1 and "examples.jsonl line 1 lacks" in text and "demo" not in text
+
+
 def test_another_task_trains_a_local_model(cli, tmp_path):
     save_model(tmp_path / "model")
     Path("own.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(9)))
     assert cli("prep", "own.jsonl", "--data-dir", "d")[0] == 0
     code, text = cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "model", "--temperature", "2")
     assert code == 0 and "plain prompt" in text  # a base model: worked examples
+    command = "eval own --model merged --prompt auto --max-new-tokens 24 --reward number --data-dir d"
+    assert command in " ".join(cli("merge", "runs/own-s-grpo", "merged")[1].split())
+    assert cli(*command.split())[0] == 0
     code, text = cli("eval", "own", "--data-dir", "d", "--adapter", "runs/own-s-grpo", "--model", DEMO)
     assert code == 1 and "was made for model" in text
 
@@ -399,7 +449,9 @@ def test_an_adapter_that_does_not_fit(cli, tmp_path):
         tokenrl.load_adapter(random_model("qwen2"), Path("runs/own-s-grpo"), "x", "a/second.gguf")
     Path("nameless").mkdir()
     for foreign, sentence in (("[]", "holds no adapter"),
-                              ('{"base_model_name_or_path": null}', "made for a model that it does not name")):
+                              ('{"base_model_name_or_path": null}', "made for a model that it does not name"),
+                              ('{"base_model_name_or_path": 3}', "was made for 3"),
+                              ('{"base_model_name_or_path": "model"}', "does not fit a/model")):
         Path("nameless/adapter_config.json").write_text(foreign)
         assert sentence in cli("eval", "own", "--adapter", "nameless", "--data-dir", "d", "--model", "a/model")[1]
     for foreign in ("[]", "{"):
@@ -422,6 +474,14 @@ def test_eval_shows_types_as_they_are_and_writes_into_a_new_folder(cli):
     tokenrl.write_task("kinds", problems, [], 0.7, 0, Path("d"))
     code, text = cli("eval", "kinds", "--model", DEMO, "--data-dir", "d", "--output", "new/answers.jsonl")
     assert code == 0 and "[b] (" in text and "[/b] (" in text and len(rows_of("new/answers.jsonl")) == 13
+    assert "new is a folder" in cli("eval", "kinds", "--model", DEMO, "--data-dir", "d", "--output", "new")[1]
+
+
+def test_an_adapter_may_lie_in_a_folder_called_base(cli):
+    assert cli("train", "svamp", *FAST, "--steps", "1")[0] == 0
+    Path("runs/svamp-s-grpo").rename("base")
+    code, text = cli("eval", "svamp", "--adapter", "base", "--limit", "4", "--output", "answers.jsonl")
+    assert code == 0 and {row["policy"] for row in rows_of("answers.jsonl")} == {"base", "base/"}
 
 
 def test_gguf_without_its_package(cli, monkeypatch):
@@ -449,6 +509,14 @@ def test_a_completion_that_was_cut_off_earns_nothing():
     problem = tokenrl.Problem("1+1?", "2")
     assert policy.reward(problem, [6, 1]) == 1.0 and policy.reward(problem, [6]) == 0.0
     assert policy.reward(problem, [5, 1]) == 0.0
+
+
+def test_a_prompt_does_not_end_with_the_end_token():
+    tokenizer = chat_tokenizer(None)
+    tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", 1)])  # as Llama's do with add_eos_token
+    assert tokenizer.encode("1+1?") == [5, 1]
+    assert tokenrl.Policy(None, tokenizer, "{question}").prompt_ids("1+1?") == [5]
 
 
 def test_chat_prompt_holds_the_worked_examples_as_turns():

@@ -419,6 +419,13 @@ def test_second_token_is_sampled_given_the_first_despite_padding_and_dropped_row
         assert number > 300 and (found - wanted).abs().sum() < 1.5 * noise
 
 
+def test_replays_start_by_turns_in_successes_and_failures():
+    group = tokenrl.Rollout(tokenrl.Problem("q", "1"), [1], [[5, 5, 5, 5], [6, 6, 6, 6]], [1.0, 0.0])
+    for turns in (range(0, 4), range(1, 4, 2)):  # one process; the second of two
+        _, prefixes = tokenrl.replay_points([group], turns, 9, random.Random(0))
+        assert [prefix[0] for prefix in prefixes] == [(5, 6)[turn % 2] for turn in turns]
+
+
 def test_a_replay_has_no_more_room_than_the_completion_it_ends():
     """Every completion would be right, but what does not end within max_new_tokens, prefix included, earns nothing."""
     policy = tokenrl.Policy(random_model("qwen2"), Words(), "plain", score=lambda text, answer: 1.0)

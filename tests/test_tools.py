@@ -156,6 +156,13 @@ def test_inspect(cli):
     assert "4 reward" in text and "5 reward" not in text
 
 
+def test_inspect_writes_completions_as_they_are(cli, monkeypatch):
+    monkeypatch.setattr(tokenrl, "token_text", lambda policy, tokens: "[/b]:smile:")
+    assert cli("inspect", "svamp", "--index", "3", "--output", "group.html")[0] == 0
+    page = Path("group.html").read_text()
+    assert page.count("[/b]") > 10 and page.count(":smile:") > 10
+
+
 def test_inspect_few_problems_without_signal(cli):
     tokenrl.write_task("few", [tokenrl.Problem(f"{i}+1?", str(i + 1)) for i in range(6)], [], 0.3, 0, Path("d"))
     code, text = cli("inspect", "few", "--model", DEMO, "--data-dir", "d", "--max-new-tokens", "2")
@@ -262,7 +269,7 @@ tokenrl.leave_processes()
 
 
 def torchrun(*arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     return subprocess.run([*command, *map(str, arguments)], cwd=cwd, text=True, capture_output=True)
 
 
@@ -294,6 +301,7 @@ def test_evaluation_alone_heeds_no_other_processes(cli, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # clusters set these too
     code, text = cli("eval", "svamp", "--limit", "4")
     assert code == 0 and "/4)" in text
+    assert cli("train", "svamp", *FAST, "--steps", "1")[0] == 0  # no torchrun, which sets LOCAL_RANK
 
 
 # ---- the README ----------------------------------------------------------------------------------------------------
