@@ -61,7 +61,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, Optional, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -299,7 +299,7 @@ def load_task(task: str, data_dir: Path, numeric: bool = True) -> tuple[list[Pro
     return train_set, test_set, [row for _, row in examples]
 
 
-def svamp_problems(source: Optional[Path]) -> list[Problem]:
+def svamp_problems(source: Path | None) -> list[Problem]:
     """SVAMP (Patel et al. 2021) from `source`, or downloaded; the published file's checksum is checked either way."""
     if source:
         if not source.is_file():
@@ -1282,8 +1282,8 @@ Device = Annotated[str, option("auto, cpu, cuda or mps.", panel="Model")]
 Dtype = Annotated[str, option("auto, float32 or bfloat16.", panel="Model")]
 Prompt = Annotated[str, option("auto, chat, plain (worked examples as Question/Answer), or a file with {question} in "
                                "it.", panel="Model")]
-Shots = Annotated[Optional[int], option("Worked examples in a chat or plain prompt.", panel="Model", min=0,
-                                        show_default="all of examples.jsonl")]
+Shots = Annotated[int | None, option("Worked examples in a chat or plain prompt.", panel="Model", min=0,
+                                     show_default="all of examples.jsonl")]
 MaxNewTokens = Annotated[int, option("Longest completion, in tokens.", panel="Rollout", min=1)]
 BatchRows = Annotated[int, option("Completions decoded at a time; lower it when memory runs out.", panel="Rollout",
                                   min=1)]
@@ -1340,7 +1340,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
 @app.command()
 def prep(
     what: Annotated[str, typer.Argument(help="svamp, multiply, or a CSV or JSONL file of yours.", metavar="TASK|FILE")],
-    source: Annotated[Optional[Path], option("SVAMP.json on this machine instead of a download.", panel="Data")] = None,
+    source: Annotated[Path | None, option("SVAMP.json on this machine instead of a download.", panel="Data")] = None,
     digits: Annotated[str, option("multiply: digits of both numbers (3), or of each (2x1).", panel="Data")] = "2",
     count: Annotated[int, option("multiply: how many problems.", panel="Data", min=2)] = 1000,
     question: Annotated[str, option("FILE: column that holds the question.", panel="Data")] = "question",
@@ -1401,8 +1401,8 @@ def train_command(
     group_size: GroupSize = 8,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
-    lr: Annotated[Optional[float], option("Peak learning rate; warms up, then decays.", panel="Update", min=0,
-                                          show_default="5e-4; 3e-3 for the bundled model")] = None,
+    lr: Annotated[float | None, option("Peak learning rate; warms up, then decays.", panel="Update", min=0,
+                                       show_default="5e-4; 3e-3 for the bundled model")] = None,
     beta: Annotated[float, option("Weight of the KL to the model without adapter.", panel="Update", min=0)] = 0.0,
     l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
     max_pack_tokens: Annotated[int, option("Tokens in one forward pass of the update, the part of the prompt that all "
@@ -1413,7 +1413,7 @@ def train_command(
                                            min=0)] = 1.0,
     name: Annotated[str, option("The run's folder in runs/; NAME-2, -3 where that is taken.", panel="Run",
                                  show_default="TASK-METHOD")] = "",
-    resume: Annotated[Optional[Path], option("Continue the run in this folder.", panel="Run")] = None,
+    resume: Annotated[Path | None, option("Continue the run in this folder.", panel="Run")] = None,
     save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
     eval_problems: Annotated[int, option("Test problems asked before and after; 0 for all.", panel="Run", min=0)] = 0,
     eval_samples: Annotated[int, option("Also draw this many samples of each, for pass@k.", panel="Run", min=0)] = 0,
@@ -1751,14 +1751,14 @@ def show_dry_run(policy: Policy, train_set: list[Problem], test_set: list[Proble
 def eval_command(
     context: typer.Context,
     task: Task,
-    adapter: Annotated[Optional[list[Path]], option("A run's folder; can be given again. All are asked as the "
-                                                         "first was trained.", panel="Model")] = None,
+    adapter: Annotated[list[Path] | None, option("A run's folder; can be given again. All are asked as the "
+                                                 "first was trained.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
     max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
     reward: Reward = "number", metric: Metric = "",
     samples: Annotated[int, option("Also draw this many samples a problem, for pass@k.", panel="Rollout", min=0)] = 0,
     limit: Annotated[int, option("Only the first N test problems; 0 for all.", panel="Data", min=0)] = 0,
-    output: Annotated[Optional[Path], option("Write every answer to this JSONL file.", panel="Data")] = None,
+    output: Annotated[Path | None, option("Write every answer to this JSONL file.", panel="Data")] = None,
     min_accuracy: Annotated[float, option("Exit with code 1 if the last column is below this share.", panel="Run",
                                           min=0, max=1)] = 0.0,
     seed: Seed = 0, data_dir: DataDir = DATA,
@@ -1798,13 +1798,13 @@ def inspect_command(
     task: Task,
     method: Annotated[Shown, option("Whose credit to show; all: one after the other.", panel="Credit")] = "s-grpo",
     alpha: Alpha = 4, p: P = 0.3,
-    index: Annotated[Optional[int], option("Number of the training problem.", panel="Data", min=0,
-                                           show_default="the first whose rewards differ")] = None,
-    adapter: Annotated[Optional[Path], option("A run's folder.", panel="Model")] = None,
+    index: Annotated[int | None, option("Number of the training problem.", panel="Data", min=0,
+                                        show_default="the first whose rewards differ")] = None,
+    adapter: Annotated[Path | None, option("A run's folder.", panel="Model")] = None,
     model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
     group_size: GroupSize = 8, max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0,
     batch_rows: BatchRows = 64, reward: Reward = "number",
-    output: Annotated[Optional[Path], option("Also write it to this .html or .svg file.", panel="Run")] = None,
+    output: Annotated[Path | None, option("Also write it to this .html or .svg file.", panel="Run")] = None,
     seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Sample one group and show which tokens a method trains, with what credit, and where the completions branch."""
@@ -1898,9 +1898,9 @@ Curve = Literal[tuple(CURVES)]
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
     what: Annotated[Curve, option("trained is the share of tokens, memory in GiB.", panel="Run")] = "reward",
-    smooth: Annotated[Optional[int], option("Show means over this many steps.", panel="Run", min=1,
-                                            show_default="a tenth of them")] = None,
-    output: Annotated[Optional[Path], option("Also draw it into this .png or .svg file.", panel="Run")] = None,
+    smooth: Annotated[int | None, option("Show means over this many steps.", panel="Run", min=1,
+                                         show_default="a tenth of them")] = None,
+    output: Annotated[Path | None, option("Also draw it into this .png or .svg file.", panel="Run")] = None,
 ):
     """Draw the curves of one or more runs over each other, in the terminal and as a picture."""
     curves = {}

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -475,7 +475,7 @@ def main(
     group_size: Annotated[int, typer.Option(help="Completions a prompt.", min=2)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.", min=2)] = 200,
     growth: Annotated[bool, typer.Option(help="Also vary group, completion and prompt length.")] = True,
-    output: Annotated[Optional[Path], typer.Option(help="Write every raw measurement to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write every raw measurement to this JSON file.")] = None,
 ):
     """Measure tokenrl's three methods beside TRL's GRPOTrainer."""
     if not importlib.util.find_spec("trl"):
