@@ -99,9 +99,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Tasks: problems, data files, rewards
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. Tasks: problems, data files, rewards ------------------------------------------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
 SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
@@ -391,9 +389,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Policy: model, tokenizer, LoRA, prompts, memory meter
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. Policy: model, tokenizer, LoRA, prompts, memory meter -------------------------------------------------
 
 @dataclass
 class Policy:
@@ -621,9 +617,7 @@ def peak_memory(device: str, reset: bool = False) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Rollout: sampling groups
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 3. Rollout: sampling groups ------------------------------------------------------------------------------
 
 # Rows of [vocabulary] logits at a time. With 152k tokens, 48 rows stay below the 32 MiB above which malloc asks the
 # system each time: sampling, which needs the same memory at every token, is faster so.
@@ -803,9 +797,7 @@ def replay_points(rollouts: list[Rollout], turns: range, max_new_tokens: int, rn
     return [p for p, _ in points], [c[:rng.randrange(1, len(c) - 1)] for _, c in points]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Credit: the trie and one short pure function per method
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 4. Credit: the trie and one short pure function per method -----------------------------------------------
 
 class Trie:
     """The completions of one prompt, shared prefixes stored once. A node is one token after one exact prefix.
@@ -887,9 +879,7 @@ def credit_weights(method: str, trie: Trie, rewards: list[float], settings, rng:
     raise NotImplementedError(f"credit_weights names no function for the method {method!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Update: pack, forward, loss
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 5. Update: pack, forward, loss ---------------------------------------------------------------------------
 
 # Rows of [vocabulary] logits at a time, here above those 32 MiB: smaller pieces are scattered over the heap between the
 # activations, and keep it from shrinking (0.8 GiB for GRPO on Qwen2-1.5B, with 48 rows).
@@ -1096,9 +1086,7 @@ def gather(value) -> list:
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. Train and evaluate: short loops that call the above
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 6. Train and evaluate: short loops that call the above ---------------------------------------------------
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone so that a resumed
@@ -1258,9 +1246,7 @@ def pass_at_k(total: int, right: int, k: int) -> float:
     return 1.0 - math.comb(total - right, k) / math.comb(total, k)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 7. Command line: typer commands, rich tables
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 7. Command line: typer commands, rich tables -------------------------------------------------------------
 
 app = typer.Typer(help="Teach a language model to reason with reinforcement learning on a few sampled tokens.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
