@@ -1056,12 +1056,10 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
         torch.distributed.all_reduce(p.grad)
     if trained and settings.l2:
         (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
-    norm = float(torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None],
-                                                settings.max_grad_norm or math.inf))
+    norm = float(torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm or math.inf))
     skipped = not math.isfinite(norm)
     if trained and not skipped:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"tokens_trained": own, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
@@ -1183,10 +1181,7 @@ def load_state(run: Path, model, optimizer) -> int:
     path, state = run / "state.pt", {"step": 0}
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state["weights"][name])
+        model.load_state_dict(state["weights"], strict=False)  # only the adapter's weights are in there
         optimizer.load_state_dict(state["optimizer"])
     if main_process() and (run / "metrics.jsonl").exists():
         lines = read_text(run / "metrics.jsonl").splitlines(keepends=True)
