@@ -1513,15 +1513,13 @@ def on_command_line(context: typer.Context) -> set[str]:
 
 def new_run(name: str, settings) -> Path:
     """runs/NAME, or runs/NAME-2, -3, ... where that is taken; settings and versions are written into it."""
-    run = Path("runs") / name
-    for number in range(2, 10_000):
-        if not run.exists():
-            break
-        run = Path("runs") / f"{name}-{number}"
+    run, number = Path("runs") / name, 2
+    while run.exists():
+        run, number = Path("runs") / f"{name}-{number}", number + 1
     run.mkdir(parents=True)
-    versions = {m: importlib.import_module(m).__version__ for m in ("torch", "transformers", "peft")}
-    saved = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
-    write_atomically(run / "config.json", json.dumps({"settings": saved, "versions": versions}, indent=2) + "\n")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    config = {"settings": vars(settings), "versions": versions}
+    write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")  # paths as text
     return run
 
 
