@@ -207,13 +207,12 @@ def reward_function(option: str) -> Callable[[str, str], float]:
     def checked(text: str, answer: str) -> float:
         try:
             value = function(text, answer)
+            if isinstance(value, numbers.Real) and 0 <= value <= 1:  # numpy's numbers too
+                return float(value)
+            fault = f"returned {value!r}, which is not a number from 0 to 1,"
         except Exception as error:
-            raise UserError(f"{option} raised {type(error).__name__} ({first_line(error)}) on the completion {text!r} "
-                            f"with the reference answer {answer!r}.") from None
-        if not (isinstance(value, numbers.Real) and 0 <= value <= 1):  # numpy's numbers too
-            raise UserError(f"{option} returned {value!r}, which is not a number from 0 to 1, on the completion "
-                            f"{text!r} with the reference answer {answer!r}.")
-        return float(value)
+            fault = f"raised {type(error).__name__} ({first_line(error)})"
+        raise UserError(f"{option} {fault} on the completion {text!r} with the reference answer {answer!r}.")
     return checked
 
 
