@@ -217,8 +217,7 @@ def reward_function(option: str) -> Callable[[str, str], float]:
 
 
 def is_number(text: str) -> bool:
-    match = _NUMBER.fullmatch(text)
-    return bool(match) and next(_numbers(text), None) is not None
+    return bool(_NUMBER.fullmatch(text)) and next(_numbers(text), None) is not None
 
 
 def read_text(path: Path) -> str:
@@ -326,11 +325,11 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     match = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
     if not match:
         raise UserError(f"--digits {digits!r} is not a number of digits from 1 to 9 such as 3, or a pair such as 2x1.")
-    low = [10 ** (int(d) - 1) + (d == "1") for d in (match[1], match[2] or match[1])]  # times 1 teaches nothing
-    high = [10 ** int(d) - 1 for d in (match[1], match[2] or match[1])]
+    sizes = int(match[1]), int(match[2] or match[1])
+    bounds = [(10 ** (size - 1) + (size == 1), 10 ** size - 1) for size in sizes]  # times 1 teaches nothing
     rng, pairs = random.Random(seed), {}
     for _ in range(20 * count):
-        a, b = (rng.randint(*bounds) for bounds in zip(low, high))
+        a, b = (rng.randint(low, high) for low, high in bounds)
         pairs.setdefault((min(a, b), max(a, b)), (a, b))
         if len(pairs) == count:
             break
