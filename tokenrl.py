@@ -36,7 +36,7 @@ import contextlib
 import csv
 import errno
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -470,10 +470,8 @@ def source_of(name: str) -> tuple[str, dict]:
         return str(DATA / "demo"), {}
     if Path(name).suffix != ".gguf":
         return name, {}
-    try:
-        importlib.import_module("gguf")
-    except ImportError:
-        raise UserError("Reading a .gguf file needs one more package: pip install gguf") from None
+    if not importlib.util.find_spec("gguf"):
+        raise UserError("Reading a .gguf file needs one more package: pip install gguf")
     return str(Path(name).parent), {"gguf_file": Path(name).name}
 
 
