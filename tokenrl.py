@@ -1277,41 +1277,40 @@ Seed = Annotated[int, option("Fixes the order of problems, the samples and the a
 
 def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
-    score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
-    task, names = settings.task, [settings.model]
-    if settings.model == "auto":
-        real = task != "svamp" or pick_device(settings.device).startswith("cuda")
-        names = [DEFAULT_MODEL] * real + ["demo"] * (task == "svamp")
+    if settings.model != "auto":
+        return load_policy(settings, settings.model)
     reason = "No CUDA GPU here"
-    for name in names:
-        demo = task == "svamp" and is_bundled(name)  # it has never seen the words of the real SVAMP
-        if demo and settings.model == "auto":
-            console.print(f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
-                          "problems.\nFor the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.",
-                          style="yellow")
+    if settings.task != "svamp" or pick_device(settings.device).startswith("cuda"):
         try:
-            if not demo and task == "svamp" and not (settings.data_dir / task / "train.jsonl").exists():
-                console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
-                write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
-            where = ("demo", DATA) if demo else (task, settings.data_dir)
-            train_set, test_set, examples = load_task(*where, numeric=settings.reward == "number")
-            if not demo:
-                console.print(f"Loading {name} ...")
-            model, tokenizer = load_model(name, settings.device, settings.dtype)
+            return load_policy(settings, DEFAULT_MODEL)
         except Unreachable as error:
-            if name != names[-1]:
-                reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
-                continue
-            if settings.model != "auto":
-                raise
-            raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
-                            "--model demo is enough.") from None
-        check_packing(model, tokenizer)
-        settings.model = name
-        form = choose_prompt(settings.prompt, model, tokenizer)
-        if settings.shots and form not in ("chat", "plain"):
-            raise UserError("--shots needs a chat or plain prompt: a template holds its own worked examples.")
-        return Policy(model, tokenizer, form, examples[:settings.shots], score, metric), train_set, test_set
+            if settings.task != "svamp":
+                raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
+                                "--model demo is enough.") from None
+            reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
+    console.print(f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style problems.\n"
+                  "For the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.", style="yellow")
+    return load_policy(settings, "demo")
+
+
+def load_policy(settings, name: str) -> tuple[Policy, list[Problem], list[Problem]]:
+    """What find_policy returns, with the model of this name, which is put into the settings."""
+    score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
+    settings.model, task = name, settings.task
+    demo = task == "svamp" and is_bundled(name)  # it has never seen the words of the real SVAMP
+    if task == "svamp" and not demo and not (settings.data_dir / task / "train.jsonl").exists():
+        console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
+        write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
+    where = ("demo", DATA) if demo else (task, settings.data_dir)
+    train_set, test_set, examples = load_task(*where, numeric=settings.reward == "number")
+    if not demo:
+        console.print(f"Loading {name} ...")
+    model, tokenizer = load_model(name, settings.device, settings.dtype)
+    check_packing(model, tokenizer)
+    form = choose_prompt(settings.prompt, model, tokenizer)
+    if settings.shots and form not in ("chat", "plain"):
+        raise UserError("--shots needs a chat or plain prompt: a template holds its own worked examples.")
+    return Policy(model, tokenizer, form, examples[:settings.shots], score, metric), train_set, test_set
 
 
 @app.command()
