@@ -1592,27 +1592,24 @@ def columns(device: str) -> list[tuple[str, int, Callable[[dict], str]]]:
 @contextlib.contextmanager
 def live_table(steps: int, device: str):
     """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
+    header = Text(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)), "bold", no_wrap=True)
+    lines: list[Text] = []
+
+    def line(metrics: dict) -> Text:
+        cells = " ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device))
+        return Text(cells, "red" if metrics["skipped"] else "", no_wrap=True)
+
     if not console.is_terminal:
-        console.print(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)), soft_wrap=True)
-        yield lambda metrics: console.print(" ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device)),
-                                            soft_wrap=True)
+        console.print(header, soft_wrap=True)
+        yield lambda metrics: console.print(line(metrics), soft_wrap=True)
         return
-    progress, rows = progress_bar("training"), []
+    progress = progress_bar("training")
     task = progress.add_task("", total=steps)
-
-    def draw():
-        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-        for title, width, _ in columns(device):
-            table.add_column(title, justify="right", min_width=width, no_wrap=True)
-        for metrics in rows[-max(3, console.height - 6):]:
-            table.add_row(*(text(metrics) for *_, text in columns(device)), style="red" if metrics["skipped"] else None)
-        return Stack(table, progress)
-
-    with Live(draw(), console=console, refresh_per_second=4) as live:
+    with Live(Stack(header, progress), console=console, refresh_per_second=4) as live:
         def show(metrics):
-            rows.append(metrics)
+            lines.append(line(metrics))
             progress.update(task, completed=metrics["step"])
-            live.update(draw())
+            live.update(Stack(header, *lines[-max(3, console.height - 6):], progress))
         yield show
 
 
