@@ -1653,15 +1653,14 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
 
 def changes_table(before: list[dict], after: list[dict], label: str, most: int = 10) -> Table:
     """Problems that are right now and were wrong, and the other way round: at most `most` of each."""
-    changed = {right: [(old, new) for old, new in zip(before, after) if old["correct"] != new["correct"] == right]
-               for right in (True, False)}
+    mended = [(old, new) for old, new in zip(before, after) if old["correct"] < new["correct"]]
+    broken = [(old, new) for old, new in zip(before, after) if old["correct"] > new["correct"]]
     table = Table("", "problem", "answer", "base", label, title_justify="left",
-                  title=f"mended (+): {len(changed[True])}, broken (-): {len(changed[False])}; up to {most} are shown")
+                  title=f"mended (+): {len(mended)}, broken (-): {len(broken)}; up to {most} are shown")
     last = lambda record: (record["completion"].strip().split("\n")[-1] or "(nothing)")[-40:]  # noqa: E731
-    for sign, right in (("+", True), ("-", False)):
-        for old, new in changed[right][:most]:
-            table.add_row(sign, old["question"], old["answer"], last(old), last(new),
-                          style="green" if right else "red")
+    for sign, style, changed in (("+", "green", mended), ("-", "red", broken)):
+        for old, new in changed[:most]:
+            table.add_row(sign, old["question"], old["answer"], last(old), last(new), style=style)
     return table
 
 
