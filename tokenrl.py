@@ -1578,26 +1578,18 @@ def memory_name(device: str) -> str:
     return "VRAM" if device.startswith("cuda") else "memory"
 
 
-def columns(device: str) -> list[tuple[str, int, Callable[[dict], str]]]:
-    """(title, width, text of a row of metrics) of the training table; together narrower than 80 characters."""
-    return [("step", 4, lambda m: f"{m['step']}"), ("reward", 6, lambda m: f"{m['reward']:.3f}"),
-            ("acc", 4, lambda m: f"{m['accuracy']:.0%}"), ("signal", 6, lambda m: f"{m['signal']:.0%}"),
-            ("uniq", 4, lambda m: f"{m['distinct']:.0%}"), ("tokens", 6, lambda m: f"{m['tokens_generated']}"),
-            ("trained", 10, lambda m: f"{m['tokens_trained']} {m['tokens_trained'] / m['tokens_generated']:4.0%}"),
-            ("len", 4, lambda m: f"{m['length']:.0f}"), ("roll s", 6, lambda m: f"{m['rollout_s']:.2f}"),
-            ("upd s", 5, lambda m: f"{m['update_s']:.2f}"),
-            (memory_name(device), 6, lambda m: f"{m['peak_memory'] / 2**30:.2f}G" + ("!" if m["skipped"] else ""))]
-
-
 @contextlib.contextmanager
 def live_table(steps: int, device: str):
     """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
-    header = Text(" ".join(f"{title:>{width}}" for title, width, _ in columns(device)), "bold", no_wrap=True)
-    lines: list[Text] = []
+    titles = f"step reward  acc signal uniq tokens    trained  len roll s upd s {memory_name(device):>6}"
+    header, lines = Text(titles, "bold", no_wrap=True), []
 
-    def line(metrics: dict) -> Text:
-        cells = " ".join(f"{text(metrics):>{width}}" for _, width, text in columns(device))
-        return Text(cells, "red" if metrics["skipped"] else "", no_wrap=True)
+    def line(m: dict) -> Text:  # narrower than 80 characters
+        memory = f"{m['peak_memory'] / 2**30:.2f}G" + ("!" if m["skipped"] else "")
+        text = (f"{m['step']:4} {m['reward']:6.3f} {m['accuracy']:4.0%} {m['signal']:6.0%} {m['distinct']:4.0%} "
+                f"{m['tokens_generated']:6} {m['tokens_trained']:5} {m['tokens_trained'] / m['tokens_generated']:4.0%} "
+                f"{m['length']:4.0f} {m['rollout_s']:6.2f} {m['update_s']:5.2f} {memory:>6}")
+        return Text(text, "red" if m["skipped"] else "", no_wrap=True)
 
     if not console.is_terminal:
         console.print(header, soft_wrap=True)
