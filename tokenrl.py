@@ -548,8 +548,7 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, c
 
 
 def load_adapter(model, folder: Path, name: str, given: str):
-    """The model, which the user named `given`, with one more adapter, read from a run's folder. Errors if that was made
-    for another base model."""
+    """The model, which the user named `given`, with one more adapter from a run's folder, if it was made for it."""
     made_for = adapter_settings(folder)["model"]
     if Path(made_for).name != Path(given).name:
         raise UserError(f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model.")
@@ -745,8 +744,7 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
 
 def draw(logits, temperature: float, generator):
     """One token per row of logits [rows, V], which are overwritten, from softmax(logits / temperature), by inverting
-    the cumulative distribution: torch.multinomial draws V random numbers a row, which on a CPU takes longer than the
-    model."""
+    the cumulative distribution: torch.multinomial draws V numbers a row, on a CPU more slowly than the model runs."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = logits.div_(temperature).softmax(-1).cumsum_(-1)
@@ -784,8 +782,7 @@ def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]],
 
 def replay_points(rollouts: list[Rollout], turns: range, max_new_tokens: int, rng: random.Random):
     """(problems, prefixes) of the replays number `turns`: random positions inside successful (even numbers) and failed
-    completions, so that later positions branch too. Groups that never succeed have nothing to tell apart and are left
-    alone."""
+    completions, so that later positions branch too. Groups that never succeed have nothing to tell apart."""
     pools = [[(r.problem, c) for r in rollouts if max(r.rewards) > 0 for c, reward in zip(r.completions, r.rewards)
               if (reward == max(r.rewards)) == success and 2 < len(c) < max_new_tokens] for success in (True, False)]
     pools = [pool for pool in pools if pool]
@@ -1030,8 +1027,7 @@ def pack_loss(policy: Policy, prompt: list[int], trie: Trie, weights: dict[int, 
 
 def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settings, rng: random.Random) -> dict:
     """One optimizer step on the mean loss of all groups of all processes; groups without signal cost nothing. Returns
-    what was trained here. A step with a non-finite gradient is skipped and reported, and the adapter stays as it was.
-    """
+    what was trained here. A step with a non-finite gradient is skipped and reported."""
     params = [p for p in policy.model.parameters() if p.requires_grad]
     credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
     for rollout in rollouts:
@@ -1099,8 +1095,7 @@ def learning_rate(step: int, settings) -> float:
 
 
 def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, settings) -> dict:
-    """Rollout, credit, update; returns one row of metrics. Each of several processes takes its share of the problems
-    and replays."""
+    """Rollout, credit, update: one row of metrics. Each process takes its share of the problems and replays."""
     rank, world = processes()
     device, rng = str(base_of(policy.model).device), random.Random(f"{settings.seed}/{step}" + f"/{rank}" * (world > 1))
     peak_memory(device, reset=True)
