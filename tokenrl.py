@@ -1743,8 +1743,7 @@ def eval_command(
     console.print(comparison_table(results, f"{task}, {Path(settings.model).name}"))
     if output:
         write_jsonl(output, [{"policy": name, **record} for name, records in results.items() for record in records])
-    reached = accuracy(last)
-    if reached < min_accuracy:
+    if (reached := accuracy(last)) < min_accuracy:
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
 
