@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "transformers>=5.23", "peft>=0.21", "typer>=0.29", "rich>=15"]
 # ///
 """tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
@@ -99,6 +99,10 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(re.search("(out of|can't allocate|not enough) memory", str(error)))
+
+
 # ---- 1. Tasks: problems, data files, rewards ------------------------------------------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -140,6 +144,7 @@ _EDGES = re.compile(r"""^[\s*_`'"]+|[\s*_`'".}$]+$""")  # what exact_reward over
 
 
 def _numbers(text: str) -> Iterator[Fraction]:
+    text = text.replace("{,}", ",").replace("\\$", "$")  # as LaTeX writes them
     text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     for match in _NUMBER.finditer(text):
@@ -217,7 +222,8 @@ def reward_function(option: str) -> Callable[[str, str], float]:
 
 
 def is_number(text: str) -> bool:
-    return bool(_NUMBER.fullmatch(text)) and next(_numbers(text), None) is not None
+    bare = re.sub(r"\s?[%$€£]$", "", text)  # 50 %, 12.50 €
+    return bool(_NUMBER.fullmatch(bare)) and next(_numbers(text), None) is not None
 
 
 def read_text(path: Path) -> str:
@@ -235,9 +241,10 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
     """(line number, row) of a CSV file with a header line, or of a JSONL file."""
     text = read_text(path)
     if path.suffix.lower() == ".csv":
+        delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of many countries write semicolons
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter)
         try:
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            return [(reader.line_num, row) for row in reader]
+            return [(reader.line_num, {key and key.strip(): value for key, value in row.items()}) for row in reader]
         except csv.Error as error:
             raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
     rows = []
@@ -255,6 +262,8 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
 
 def to_problem(row: dict, question: str, answer: str, numeric: bool) -> Problem | str:
     """The problem in a row, or the reason why there is none; `numeric`: the answer must be a number."""
+    if None in row:  # an answer such as 1,200 without quotes
+        return "more fields than the header (put texts with commas into quotes)"
     # Through bytes and back: half a surrogate pair, which JSON can escape, cannot be written to a file again.
     asked, wanted, kind = ("" if row.get(key) is None else str(row[key]).encode(errors="replace").decode().strip()
                            for key in (question, answer, "type"))
@@ -409,7 +418,7 @@ class Policy:
             turns = [{"role": role, "content": row[key]} for row in self.examples
                      for role, key in (("user", "question"), ("assistant", "answer"))]
             turns.append({"role": "user", "content": question})
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            return chat_ids(self.tokenizer, turns, add_generation_prompt=True)
         if self.prompt == "plain":
             shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in self.examples)
             text = f"{shots}Question: {question}\nAnswer:"
@@ -432,6 +441,16 @@ class Policy:
         """The score, but nothing for a completion that was cut off: or nothing would teach the model to stop, and
         completions drift to the limit."""
         return self.score(self.text(completion), problem.answer) if self.finished(completion) else 0.0
+
+
+def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
+    """The conversation as the tokenizer's chat template writes it, without the long thoughts of models that have a
+    switch for them: here thinking has to fit into max_new_tokens."""
+    try:
+        return tokenizer.apply_chat_template(turns, return_dict=False, enable_thinking=False, **options)
+    except _Lazy("jinja2").TemplateError as error:
+        raise UserError(f"This model's chat template refuses the prompt ({first_line(error)}); try --prompt "
+                        "plain.") from None
 
 
 def pick_device(device: str) -> str:
@@ -500,10 +519,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True,
                                                                          **options)
-    except (UserError, MemoryError):
-        raise
     except Exception as error:  # broken files end in errors of many kinds
-        if not local:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        if not local and (isinstance(error, OSError) or type(error).__module__.startswith("httpx")):
             raise Unreachable(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
                               "the spelling and the network, or give the path of a downloaded folder. The hub's client "
                               f"says: {first_line(error)}") from None
@@ -549,14 +568,14 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, c
 
 def load_adapter(model, folder: Path, name: str, given: str):
     """The model, which the user named `given`, with one more adapter from a run's folder, if it was made for it."""
-    made_for = adapter_settings(folder)["model"]
+    made_for, device = adapter_settings(folder)["model"], str(base_of(model).device)
     if Path(made_for).name != Path(given).name:
         raise UserError(f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model.")
     try:
         if isinstance(model, peft.PeftModel):
-            model.load_adapter(str(folder), adapter_name=name)
+            model.load_adapter(str(folder), adapter_name=name, torch_device=device)
             return model
-        return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, _Lazy("safetensors").SafetensorError) as error:
         raise UserError(f"The adapter in {folder} does not fit {given}: {first_line(error)}") from None
 
@@ -581,8 +600,7 @@ def choose_prompt(option: str, model, tokenizer) -> str:
         if not getattr(tokenizer, "chat_template", None):
             return "plain"
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
-        ids = tokenizer.apply_chat_template(turn, tokenize=True, return_dict=False)
-        return "chat" if end_tokens(model) & set(ids[-3:]) else "plain"
+        return "chat" if end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:]) else "plain"
     if option == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; use --prompt plain, or a template file.")
     if option in ("chat", "plain"):
@@ -673,10 +691,15 @@ def _prefill(base, prompts: list[list[int]]):
     return cache, hidden[:, -1].contiguous(), visible, positions[:, -1:] + 1
 
 
+def own_layers(cache) -> list:
+    """The cache's layers, but for those that read the keys and values of an earlier one (Gemma 3n)."""
+    return [layer for layer in cache.layers if layer.keys is not None]
+
+
 def _make_room(cache, group_size: int, max_new_tokens: int) -> None:
     """Repeat each prompt's keys and values for its group, in memory with room for the new tokens: a cache that grows by
     torch.cat copies all of it at every token."""
-    for layer in cache.layers:
+    for layer in own_layers(cache):
         layer.stores = []
         for old in (layer.keys, layer.values):  # [B, heads, P, head width]
             rows, heads, seen, width = old.shape
@@ -700,7 +723,7 @@ def _drop_rows(cache, keep: list[int]) -> list[int]:
     """Leave only the rows `keep`: the last of them move into the gaps. Returns the old number of each new row."""
     kept, late = set(keep), [row for row in reversed(keep) if row >= len(keep)]
     gaps = [row for row in range(len(keep)) if row not in kept]  # as many as there are late rows
-    for layer in cache.layers if gaps else ():
+    for layer in own_layers(cache) if gaps else ():
         seen = layer.keys.shape[2]
         for store in layer.stores:
             store[gaps, :, :seen] = store[late, :, :seen]
@@ -710,7 +733,7 @@ def _drop_rows(cache, keep: list[int]) -> list[int]:
 
 def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
     base = base_of(model)
-    check_window(base.config, max(map(len, prompts)) + max_new_tokens)
+    check_length(base.config, max(map(len, prompts)) + max_new_tokens)
     cache, hidden, visible, position = _prefill(base, prompts)
     # Each prompt was computed once; for its group, keys and values, hidden state, mask and position are repeated.
     _make_room(cache, group_size, max_new_tokens)
@@ -780,14 +803,18 @@ def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]],
     return rollouts
 
 
-def replay_points(rollouts: list[Rollout], turns: range, max_new_tokens: int, rng: random.Random):
+def replay_points(policy: Policy, rollouts: list[Rollout], turns: range, max_new_tokens: int, rng: random.Random):
     """(problems, prefixes) of the replays number `turns`: random positions inside successful (even numbers) and failed
     completions, so that later positions branch too. Groups that never succeed have nothing to tell apart."""
     pools = [[(r.problem, c) for r in rollouts if max(r.rewards) > 0 for c, reward in zip(r.completions, r.rewards)
               if (reward == max(r.rewards)) == success and 2 < len(c) < max_new_tokens] for success in (True, False)]
     pools = [pool for pool in pools if pool]
     points = [rng.choice(pools[i % len(pools)]) for i in turns if pools]
-    return [p for p, _ in points], [c[:rng.randrange(1, len(c) - 1)] for _, c in points]
+    prefixes = [c[:rng.randrange(1, len(c) - 1)] for _, c in points]
+    for prefix, (_, whole) in zip(prefixes, points):
+        while len(policy.text(prefix)) > len(policy.text(whole)):  # it would end within the stop text
+            prefix.pop()
+    return [problem for problem, _ in points], prefixes
 
 
 # ---- 4. Credit: the trie and one short pure function per method -----------------------------------------------
@@ -918,7 +945,7 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
     if not prompt_ids:
         raise UserError("The prompt is empty: what comes first in a completion has nothing to be predicted from.")
     ids, positions, allowed, slot = pack(prompt_ids, trie, nodes)
-    check_window(base.config, int(positions.max()) + 2)
+    check_length(base.config, int(positions.max()) + 2)
     dtype, device = base.get_input_embeddings().weight.dtype, base.device
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
     hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device),
@@ -950,9 +977,13 @@ def token_logprobs(model, hidden, tokens, temperature: float):
     return torch.cat(values) + ((hidden - hidden.detach()) * torch.cat(slopes)).sum(-1)  # adds 0, with that gradient
 
 
-def check_window(config, length: int) -> None:
-    """Packed and cached attention are exact only while everything lies inside a model's sliding window."""
+def check_length(config, length: int) -> None:
+    """Packed and cached attention are exact only while everything lies inside a model's sliding window; beyond its
+    context no model is."""
     text = config.get_text_config()
+    if length > (context := getattr(text, "max_position_embeddings", None) or length):
+        raise UserError(f"Prompt and completion need {length} tokens, but this model's context holds {context}; lower "
+                        "--max-new-tokens or shorten the prompt.")
     window = getattr(text, "sliding_window", None)
     slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
     if window and slides and length > window:
@@ -961,9 +992,25 @@ def check_window(config, length: int) -> None:
 
 
 def check_packing(model, tokenizer) -> None:
-    """Compare the packed pass with plain forward passes on a few tokens, so that a model that ignores masks or
-    positions (recurrent ones, say) or scales its logits in its own way is refused rather than trained wrongly."""
-    base, device = base_of(model), base_of(model).device
+    """Refuse a model that cannot be sampled from here, or whose packed pass differs from plain ones on a few tokens:
+    one that ignores masks or positions (recurrent ones, say), or scales its logits in its own way."""
+    base = base_of(model)
+    try:
+        sample(model, tokenizer, [[0, 1, 2], [1, 2]], 2, max_new_tokens=2, ends=set())
+        gap = packing_gap(model, tokenizer)
+        fault = "" if gap < (1e-3 if base.dtype == torch.float32 else 0.5) else f"log-probs differ by {gap:.3g}"
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        fault = f"{type(error).__name__}: {first_line(error)}"
+    if fault:
+        raise UserError(f"This model's architecture ({base.config.model_type}) does not fit the packed update "
+                        f"({fault}); use a plain decoder such as Qwen2, Llama or Gemma.")
+
+
+def packing_gap(model, tokenizer) -> float:
+    """The largest difference of log-probs between the packed pass and plain forward passes on a few random tokens."""
+    base, device, gap = base_of(model), base_of(model).device, 0.0
     rng = random.Random(0)
     ids = [rng.randrange(min(len(tokenizer), base.config.get_text_config().vocab_size)) for _ in range(12)]
     prompt, completions = ids[:5], [ids[5:9], ids[5:7] + ids[9:12]]
@@ -973,10 +1020,8 @@ def check_packing(model, tokenizer) -> None:
         for path, completion in zip(trie.paths, completions):
             logits = base(input_ids=torch.tensor([prompt + completion], device=device)).logits[0].float()
             plain = logits[len(prompt) - 1:-1].log_softmax(-1)[range(len(completion)), completion]
-            gap = (packed[path] - plain).abs().max().item()
-            if not gap < (1e-3 if base.dtype == torch.float32 else 0.5):
-                raise UserError(f"This model's architecture ({base.config.model_type}) does not fit the packed update "
-                                f"(log-probs differ by {gap:.3g}); use a plain decoder such as Qwen2, Llama or Gemma.")
+            gap = max(gap, (packed[path] - plain).abs().nan_to_num(math.inf).max().item())
+    return gap
 
 
 def step_trie(rollouts: list[Rollout], tries: list[Trie],
@@ -1102,7 +1147,7 @@ def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, se
     start = time.perf_counter()
     asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)[rank::world]
     rollouts = roll_out(policy, asked, [[]] * len(asked), settings, seed=rng.getrandbits(32))
-    points = replay_points(rollouts, range(rank, settings.replay, world), settings.max_new_tokens, rng)
+    points = replay_points(policy, rollouts, range(rank, settings.replay, world), settings.max_new_tokens, rng)
     replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32))
     every, middle = rollouts + replays, time.perf_counter()
     updated = update(policy, every, optimizer, learning_rate(step, settings), settings, rng)
@@ -1292,6 +1337,8 @@ def load_policy(settings, name: str) -> tuple[Policy, list[Problem], list[Proble
     """What find_policy returns, with the model of this name, which is put into the settings."""
     score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
     settings.model, task = name, settings.task
+    if is_bundled(name) and not (DATA / "demo").is_dir():
+        raise UserError(f"There is no {DATA / 'demo'}: copy that folder with the script, or name a model with --model.")
     demo = task == "svamp" and is_bundled(name)  # it has never seen the words of the real SVAMP
     if task == "svamp" and not demo and not (settings.data_dir / task / "train.jsonl").exists():
         console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
@@ -1300,7 +1347,8 @@ def load_policy(settings, name: str) -> tuple[Policy, list[Problem], list[Proble
     train_set, test_set, examples = load_task(*where, numeric=settings.reward == "number")
     if not demo:
         console.print(f"Loading {name} ...")
-    model, tokenizer = load_model(name, settings.device, settings.dtype)
+    small = is_bundled(name) and settings.device == "auto" and pick_device("auto") == "mps"
+    model, tokenizer = load_model(name, "cpu" if small else settings.device, settings.dtype)
     check_packing(model, tokenizer)
     form = choose_prompt(settings.prompt, model, tokenizer)
     if settings.shots and form not in ("chat", "plain"):
@@ -1350,7 +1398,7 @@ def prep(
 
 def data_dir_option(data_dir: Path) -> str:
     """What the command lines that we print for the user must add."""
-    return "" if data_dir == DATA else f" --data-dir {shlex.quote(str(data_dir))}"
+    return "" if data_dir == DATA else f" --data-dir {shlex.quote(data_dir.as_posix())}"
 
 
 @app.command(name="train")
@@ -1404,7 +1452,7 @@ def train_command(
     policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
                             settings.lora_layers, settings.checkpointing)
     longest = max(train_set + test_set, key=lambda problem: len(problem.question))
-    check_window(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
+    check_length(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
     if dry_run:
         show_dry_run(policy, train_set, test_set[:settings.eval_problems or None], settings)
         return leave_processes()
@@ -1438,11 +1486,14 @@ def leave_processes() -> None:
 
 
 def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) -> None:
-    device, task, folder = str(base_of(policy.model).device), settings.task, shlex.quote(str(run))
+    device, task, folder = str(base_of(policy.model).device), settings.task, shlex.quote(run.as_posix())
     again = f"Continue with: python tokenrl.py train {task} --resume {folder}"
     with catch_signals(again) as stop:
         base = evaluate_once(policy, test_set, settings, run, "base", stop)
         console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)")
+        if (cut := sum(record["truncated"] for record in base) / len(base)) > 0.5:
+            console.print(f"{cut:.0%} were cut off at {settings.max_new_tokens} tokens, which counts as wrong: unless "
+                          "that is what it shall learn, raise --max-new-tokens.", style="yellow")
         with live_table(settings.steps, device) as show:
             for metrics in train(policy, train_set, settings, run, stop):
                 show(metrics)
@@ -1689,6 +1740,9 @@ def show_dry_run(policy: Policy, train_set: list[Problem], test_set: list[Proble
                        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
     _, eval_s, eval_peak = measured(lambda: unending(tested[-settings.batch_rows:]))
     groups, rollout_s, rollout_peak = measured(lambda: unending(asked, settings.group_size))
+    if settings.method == "t-spmo":  # deepest where pairs of completions differ in nothing but their last token
+        pairs = [[(group[i - i % 2], i % 2) for i in range(len(group))] for group in groups]
+        groups = [[first[:-1] + [abs(first[-1] - second)] for first, second in pair] for pair in pairs]
     rewards = [float(i % 2) for i in range(settings.group_size)]
     rollouts = [Rollout(train_set[0], prompt, group, rewards) for prompt, group in zip(asked, groups)]
     updated, update_s, update_peak = measured(lambda: update(policy, rollouts, new_optimizer(policy.model), 0.0,
@@ -1940,7 +1994,7 @@ def merge(
     if "task" in trained and not is_bundled(name):
         asked = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(trained[key]))}" for key in
                         ("prompt", "shots", "max_new_tokens", "reward") if trained.get(key) is not None)
-        console.print(f"Check it: python tokenrl.py eval {trained['task']} --model {shlex.quote(str(out))}{asked}"
+        console.print(f"Check it: python tokenrl.py eval {trained['task']} --model {shlex.quote(out.as_posix())}{asked}"
                       + data_dir_option(trained["data_dir"]))
 
 
@@ -1956,7 +2010,7 @@ def main(arguments: list[str] | None = None) -> None:
             sentence = str(error)
         elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             sentence = "The disk is full; what was saved before is intact. Make room; a training goes on with --resume."
-        elif isinstance(error, MemoryError) or re.search("(out of|can't allocate|not enough) memory", str(error)):
+        elif out_of_memory(error):
             sentence = ("Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
                         "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.")
         elif isinstance(error, OSError):

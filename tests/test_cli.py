@@ -118,6 +118,18 @@ def test_prep_other_bad_input(cli):
     assert "--digits '0' is not a number of digits" in cli("prep", "multiply", "--digits", "0")[1]
     Path("bad.csv").write_text('question,answer\n"open quote,3')
     assert "bad.csv is not valid CSV after line 1" in cli("prep", "bad.csv")[1]
+    Path("commas.csv").write_text("question,answer\nHow much is it?,1,200\n1+1?,2\n2+2?,4\n")
+    text = cli("prep", "commas.csv", "--data-dir", "d")[1]
+    assert "rejected: more fields than the header" in text and "(line 2)" in text
+
+
+def test_prep_reads_what_spreadsheets_write(cli):
+    for separator in ";\t":
+        lines = (separator.join(row) for row in (("question", " answer"), ("1,5 + 1?", "50 %"), ('"a;b"', "5 \u20ac")))
+        Path("sheet.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+        assert cli("prep", "sheet.csv", "--data-dir", "d", "--test-share", "0.5")[0] == 0
+        rows = rows_of("d/sheet/train.jsonl") + rows_of("d/sheet/test.jsonl")
+        assert sorted((row["question"], row["answer"]) for row in rows) == [("1,5 + 1?", "50 %"), ("a;b", "5 \u20ac")]
 
 
 # ---- train and eval ------------------------------------------------------------------------------------------------
@@ -177,6 +189,8 @@ def test_dry_run(cli):
     few = ["few", "--data-dir", "d", "--model", DEMO, *FAST, "--prompts-per-step", 8]
     code, text = cli("train", *few, "--dry-run")
     assert code == 0 and "tokens generated │ 768" in text  # 8 x 4 x 24: problems come again, as in training
+    text = cli("train", "svamp", *FAST, "--dry-run", "--method", "t-spmo")[1]
+    assert "tokens trained │ 8" in text  # 2 groups of two pairs that branch at their last token
 
 
 def test_a_run_killed_several_times_ends_with_the_same_numbers(cli, tmp_path):
@@ -408,6 +422,37 @@ def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, m
     assert "neither a local folder nor could it be had from the hub" in text
 
 
+@pytest.mark.parametrize("message, sentence", [
+    ("[enforce fail] DefaultCPUAllocator: can't allocate memory", "Out of memory"),
+    ("some layer is not as it should be", "does not hold a model that can be loaded: some layer is not")])
+def test_only_what_cannot_be_reached_falls_back_to_the_bundled_model(cli, monkeypatch, message, sentence):
+    def fails(*_, **__):
+        raise RuntimeError(message)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    monkeypatch.setattr(tokenrl, "pick_device", lambda device: "cuda")
+    shutil.copytree(DEMO, "d/svamp")
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
+    assert code == 1 and sentence in text and "bundled demo" not in text
+
+
+def test_the_bundled_model_runs_on_the_cpu_of_a_mac(cli, monkeypatch):
+    monkeypatch.setattr(tokenrl, "pick_device", lambda device: "mps" if device == "auto" else device)
+    code, text = cli("eval", "svamp", "--limit", "4")
+    assert code == 0 and "/4)" in text
+
+
+def test_the_script_alone_has_no_bundled_model(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenrl, "DATA", tmp_path / "data")
+    code, text = cli("train", "svamp", "--device", "cpu")
+    assert code == 1 and "copy that folder with the script" in text
+
+
+def test_answers_that_are_cut_off_are_told(cli):
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", "2")
+    assert code == 0 and "100% were cut off at 2 tokens" in text
+    assert "were cut off" not in cli("train", "svamp", *FAST, "--steps", "1")[1]
+
+
 def test_auto_does_not_fall_back_where_the_data_is_wrong(cli, monkeypatch):
     monkeypatch.setattr(tokenrl, "pick_device", lambda device: "cuda")
     shutil.copytree(DEMO, "d/svamp")
@@ -509,6 +554,12 @@ def test_a_completion_that_was_cut_off_earns_nothing():
     problem = tokenrl.Problem("1+1?", "2")
     assert policy.reward(problem, [6, 1]) == 1.0 and policy.reward(problem, [6]) == 0.0
     assert policy.reward(problem, [5, 1]) == 0.0
+
+
+def test_a_chat_template_that_refuses_the_prompt():
+    tokenizer = chat_tokenizer("{{ raise_exception('no turns, please') }}")
+    with pytest.raises(tokenrl.UserError, match="no turns, please.*--prompt plain"):
+        tokenrl.Policy(None, tokenizer, "chat").prompt_ids("1+1?")
 
 
 def test_a_prompt_does_not_end_with_the_end_token():

@@ -216,6 +216,37 @@ def test_check_packing_accepts_exact_models_and_refuses_others(model, monkeypatc
         tokenrl.check_packing(model, tokenizer)
 
 
+def test_check_packing_refuses_what_it_cannot_run():
+    torch.manual_seed(0)
+    recurrent = transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=1, pad_token_id=0))
+    with pytest.raises(tokenrl.UserError, match="mamba.* does not fit the packed update"):
+        tokenrl.check_packing(recurrent.eval(), list(range(97)))
+
+
+def test_layers_that_share_keys_and_values(words):
+    torch.manual_seed(0)
+    model = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=64, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97, layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=4,
+        altup_num_inputs=2, activation_sparsity_pattern=None, eos_token_id=1, pad_token_id=0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    tokenrl.check_packing(model, list(range(97)))
+    prompts = [[5, 6, 7, 8], [5, 6, 9]]
+    for prompt, [completion] in zip(prompts, tokenrl.sample(model, words, prompts, max_new_tokens=6, temperature=0)):
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+        assert prompt + completion == whole
+
+
+def test_prompt_and_completion_must_fit_the_context(words):
+    with pytest.raises(tokenrl.UserError, match="need 515 tokens, but this model's context holds 512"):
+        tokenrl.sample(random_model("qwen2"), words, [[5] * 500], max_new_tokens=15)
+
+
 def settings_of(**changes):
     return SimpleNamespace(**{"method": "grpo", "alpha": 2, "p": 0.5, "temperature": 1.0, "beta": 0.0, "l2": 0.0,
                               "on_prob": False, "max_grad_norm": 1e9, "max_pack_tokens": 1024} | changes)
@@ -420,10 +451,18 @@ def test_second_token_is_sampled_given_the_first_despite_padding_and_dropped_row
 
 
 def test_replays_start_by_turns_in_successes_and_failures():
-    group = tokenrl.Rollout(tokenrl.Problem("q", "1"), [1], [[5, 5, 5, 5], [6, 6, 6, 6]], [1.0, 0.0])
+    policy = tokenrl.Policy(None, Words(), "chat")
+    group = tokenrl.Rollout(PROBLEM, [1], [[5, 5, 5, 5], [6, 6, 6, 6]], [1.0, 0.0])
     for turns in (range(0, 4), range(1, 4, 2)):  # one process; the second of two
-        _, prefixes = tokenrl.replay_points([group], turns, 9, random.Random(0))
+        _, prefixes = tokenrl.replay_points(policy, [group], turns, 9, random.Random(0))
         assert [prefix[0] for prefix in prefixes] == [(5, 6)[turn % 2] for turn in turns]
+
+
+def test_replays_do_not_start_within_the_stop_text(monkeypatch):
+    monkeypatch.setattr(tokenrl.Policy, "stop", "7 8 9 ")
+    policy, group = tokenrl.Policy(None, Words(), "plain"), tokenrl.Rollout(PROBLEM, [1], [[5, 6, 7, 8, 9]], [1.0])
+    _, prefixes = tokenrl.replay_points(policy, [group], range(40), 9, random.Random(0))
+    assert {tuple(prefix) for prefix in prefixes} == {(5,), (5, 6)}
 
 
 def test_a_replay_has_no_more_room_than_the_completion_it_ends():

@@ -15,7 +15,7 @@ ANSWERS = [
     (r"so \boxed{42}", 42), (r"\boxed{-3}", -3),
     (r"the answer is $\boxed{5}$.", 5), (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
     (r"\boxed{2\frac{1}{2}}", Fraction(5, 2)), (r"-\tfrac{1}{2}", Fraction(-1, 2)),
-    (r"\boxed{-3\dfrac{1}{2}}", Fraction(-7, 2)),
+    (r"\boxed{-3\dfrac{1}{2}}", Fraction(-7, 2)), (r"\boxed{1{,}428}", 1428), (r"#### -\$5", -5),
     ("The answer is 7. I checked it 2 times.", 7), ("the answer is **5**", 5), ("Final answer: 8, of 10", 8),
     ("The answer is 3. No, the answer is 4.", 4), ("#### 3\n#### 4", 4), ("the answer is:\n12", 12),
     ("#### none, so 6", 6), ("I say #### nothing\n9", 9),
