@@ -34,7 +34,7 @@ ARCHITECTURES = {
 
 class Words:
     """The part of a tokenizer that sampling needs: token n is the text "n "."""
-    eos_token_id = 1
+    eos_token, eos_token_id = None, 1
 
     def decode(self, ids, **_):
         return "".join(f"{i} " for i in ids)
