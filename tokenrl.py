@@ -316,7 +316,7 @@ def svamp_problems(source: Path | None) -> list[Problem]:
                 raw = answer.read()
         except OSError as error:
             raise Unreachable(f"SVAMP could not be downloaded ({error}); fetch {SVAMP_URL} on another machine and run: "
-                            "python tokenrl.py prep svamp --source SVAMP.json") from None
+                              "python tokenrl.py prep svamp --source SVAMP.json") from None
     if hashlib.sha256(raw).hexdigest() != SVAMP_SHA256:
         raise UserError("This SVAMP.json is not the published file (its sha256 differs); fetch it again, or prepare "
                         "your own version as CSV or JSONL with: python tokenrl.py prep FILE")
@@ -1076,9 +1076,10 @@ def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settin
     params = [p for p in policy.model.parameters() if p.requires_grad]
     credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
     for rollout in rollouts:
-        trie = Trie(rollout.completions)
-        if rollout.has_signal and (weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng)):
-            credited[rollout.prompt[0]].append((rollout, trie, weights))
+        if rollout.has_signal:
+            trie = Trie(rollout.completions)
+            if weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng):
+                credited[rollout.prompt[0]].append((rollout, trie, weights))
     loss_sum, own = 0.0, sum(len(weights) for groups in credited.values() for *_, weights in groups)
     group_count, trained = map(sum, zip(*gather((len(rollouts), own))))
     for groups in credited.values():
