@@ -1901,7 +1901,7 @@ def branches_table(policy: Policy, trie: Trie, rewards: list[float], most: int =
 
 CURVES = {"reward": lambda m: m["reward"], "accuracy": lambda m: m["accuracy"], "length": lambda m: m["length"],
           "trained": lambda m: m["tokens_trained"] / m["tokens_generated"], "signal": lambda m: m["signal"],
-          "memory": lambda m: m["peak_memory"] / 2**30}
+          "distinct": lambda m: m["distinct"], "memory": lambda m: m["peak_memory"] / 2**30}
 Curve = Literal[tuple(CURVES)]
 
 
@@ -1909,7 +1909,7 @@ Curve = Literal[tuple(CURVES)]
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
     what: Annotated[Curve, option("trained is the share of tokens, memory in GiB.", panel="Run")] = "reward",
-    smooth: Annotated[int | None, option("Show means over this many steps.", panel="Run", min=1,
+    smooth: Annotated[int | None, option("Show means over this many steps, and list them.", panel="Run", min=1,
                                          show_default="a tenth of them")] = None,
     output: Annotated[Path | None, option("Also draw it into this .png or .svg file.", panel="Run")] = None,
 ):
@@ -1923,14 +1923,15 @@ def plot(
     smoothed = {run: [sum(part := values[max(0, i - width + 1):i + 1]) / len(part) for i in range(len(values))]
                 for run, values in curves.items()}
     console.print(f"{what}, mean over {width} steps")
-    console.print(*draw_curves(smoothed, min(console.width, 100) - 9, 16), sep="\n")
+    console.print(*draw_curves(smoothed, width, min(console.width, 100) - 9, 16), sep="\n")
     if output:
         save_picture(curves, smoothed, what, output)
         console.print(f"Written: {output}")
 
 
-def draw_curves(curves: dict[str, list[float]], width: int, height: int) -> list[Text]:
-    """Lines of text: the curves over each other, each with a sign and a colour of its own, then what they are."""
+def draw_curves(curves: dict[str, list[float]], every: int, width: int, height: int) -> list[Text]:
+    """Lines of text: the curves over each other, each with a sign and a colour of its own, then what they are, with the
+    values after each `every` steps."""
     low, high = min(map(min, curves.values())), max(map(max, curves.values()))
     longest, signs = max(map(len, curves.values())), "*o+x#@%="
     colors = ("cyan", "magenta", "yellow", "green", "red", "blue", "white", "bright_black")
@@ -1945,8 +1946,10 @@ def draw_curves(curves: dict[str, list[float]], width: int, height: int) -> list
     lines = [Text.assemble(f"{labels[row]:8.3f}" if row in labels else " " * 8, "\u2502", *cells)
              for row, cells in enumerate(grid)]
     lines.append(Text(" " * 8 + "\u2514" + "\u2500" * width + "\n" + " " * 9 + "1" + f"{longest}".rjust(width - 1)))
-    return lines + [Text.assemble((f"{signs[i % 8]} ", colors[i % 8]), f"{run}: {values[0]:.3f} to {values[-1]:.3f}")
-                    for i, (run, values) in enumerate(curves.items())]
+    for number, (run, values) in enumerate(curves.items()):
+        told = " ".join(f"{value:.3g}" for value in values[every - 1::every] or values[-1:])
+        lines.append(Text.assemble((f"{signs[number % 8]} ", colors[number % 8]), f"{run}: {told}"))
+    return lines
 
 
 def save_picture(curves: dict, smoothed: dict, what: str, path: Path) -> None:

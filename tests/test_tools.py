@@ -174,7 +174,7 @@ def test_inspect_few_problems_without_signal(cli):
 def write_run(name, rewards):
     Path(name).mkdir()
     rows = [{"reward": r, "accuracy": r, "length": 9, "tokens_trained": 1, "tokens_generated": 4, "signal": 1.0,
-             "peak_memory": 2**30} for r in rewards]
+             "distinct": 1.0, "peak_memory": 2**30} for r in rewards]
     (Path(name) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -182,10 +182,12 @@ def test_plot_in_the_terminal(cli, capsys):
     write_run("a", [0.0, 0.5, 1.0, 0.5])
     write_run("b", [1.0, 0.0])
     code, text = cli("plot", "a", "b", "--smooth", "2")
-    assert code == 0 and "* a: 0.000 to 0.750" in text and "o b: 1.000 to 0.500" in text
-    lines = [line.plain for line in tokenrl.draw_curves({"up": [0, 1, 2, 3], "flat": [3, 3]}, 4, 4)]
+    assert code == 0 and text.endswith("* a: 0.25 0.75 o b: 0.5")
+    lines = [line.plain for line in tokenrl.draw_curves({"up": [0, 1, 2, 3], "flat": [3, 3]}, 3, 4, 4)]
     assert [line.split("│")[1] for line in lines[:4]] == ["oo *", "  * ", " *  ", "*   "]
-    assert "a: 0.250 to 0.250" in cli("plot", "a", "--what", "trained")[1]
+    assert [line.split(": ")[1] for line in lines[-2:]] == ["2", "3"]  # the second is shorter than a mean
+    assert cli("plot", "a", "--what", "trained")[1].endswith("a: 0.25 0.25 0.25 0.25")
+    assert cli("plot", "a", "--what", "distinct")[1].endswith("a: 1 1 1 1")
     assert "There is no file" in cli("plot", "none")[1]
     (Path("b") / "metrics.jsonl").write_text("")
     assert "b has no steps yet" in cli("plot", "b")[1]
