@@ -201,7 +201,7 @@ def reward_function(option: str) -> Callable[[str, str], float]:
     if not path.endswith(".py"):
         raise UserError(f"{option!r} is not a reward; use number, exact, regex:PATTERN or FILE.py:function.")
     if not Path(path).is_file():
-        raise UserError(f"There is no file {path}, which the reward {option!r} needs; name another with --reward.")
+        raise UserError(f"There is no file {path}, which {option!r} names; give the path of yours.")
     try:
         defined = runpy.run_path(path)
     except Exception as error:
@@ -645,17 +645,19 @@ def logits_of(model, hidden):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, max_new_tokens: int = 200,
+def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, max_new_tokens: int | list[int] = 200,
            temperature: float = 1.0, stop: str = "", rows: int = 64, seed: int = 0,
            ends: set[int] | None = None) -> list[list[list[int]]]:
     """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
 
     A completion is drawn from softmax(logits / temperature) and nothing else (temperature 0: the most likely token).
     It ends with, and keeps, the first token in `ends` (default: all that the model or tokenizer knows), or the token
-    that completes the text `stop`, or at `max_new_tokens`. At most `rows` completions are decoded at a time.
+    that completes the text `stop`, or at `max_new_tokens` (a list has one limit for each prompt). At most `rows`
+    completions are decoded at a time.
     """
     ends = end_tokens(model, tokenizer) if ends is None else ends
     generator = torch.Generator(base_of(model).device).manual_seed(seed)
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths need little padding
     result: list[list[list[int]]] = [[] for _ in prompts]
     width = max(1, rows // group_size)
@@ -664,7 +666,7 @@ def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, m
             chunk = order[start:start + width]
             for done in range(0, group_size, rows):
                 groups = _sample_batch(model, tokenizer, [prompts[i] for i in chunk], min(rows, group_size - done),
-                                       max_new_tokens, temperature, stop, ends, generator)
+                                       [limits[i] for i in chunk], temperature, stop, ends, generator)
                 for i, group in zip(chunk, groups):
                     result[i] += group
     return result
@@ -731,13 +733,13 @@ def _drop_rows(cache, keep: list[int]) -> list[int]:
     return [moved.get(row, row) for row in range(len(keep))]
 
 
-def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, temperature, stop, ends, generator):
-    base = base_of(model)
-    check_length(base.config, max(map(len, prompts)) + max_new_tokens)
+def _sample_batch(model, tokenizer, prompts, group_size, limits, temperature, stop, ends, generator):
+    base, room = base_of(model), max(limits)
+    check_length(base.config, max(len(prompt) + limit for prompt, limit in zip(prompts, limits)))
     cache, hidden, visible, position = _prefill(base, prompts)
     # Each prompt was computed once; for its group, keys and values, hidden state, mask and position are repeated.
-    _make_room(cache, group_size, max_new_tokens)
-    mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + max_new_tokens, dtype=hidden.dtype, device=base.device)
+    _make_room(cache, group_size, room)
+    mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + room, dtype=hidden.dtype, device=base.device)
     mask[..., :visible.shape[1]].masked_fill_(visible[:, None, None] == 0, torch.finfo(mask.dtype).min)
     hidden, mask, position = (x.repeat_interleave(group_size, 0) for x in (hidden, mask, position))
     completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
@@ -750,7 +752,7 @@ def _sample_batch(model, tokenizer, prompts, group_size, max_new_tokens, tempera
         for row, token in enumerate(tokens.tolist()):
             completion = completions[live[row]]
             completion.append(token)
-            ended = token in ends or len(completion) >= max_new_tokens
+            ended = token in ends or len(completion) >= limits[live[row] // group_size]
             if not ended and not (stop and stop in tokenizer.decode(completion[-tail:])):
                 keep.append(row)
         if not keep:
@@ -792,15 +794,11 @@ def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]],
     """Sample and score one group per problem, each after its prefix (empty but for replays), which counts towards
     max_new_tokens: a replay is the end of a completion, and must not have more room than one."""
     prompts = [policy.prompt_ids(problem.question) + prefix for problem, prefix in zip(problems, prefixes)]
-    longest = settings.max_new_tokens - min(map(len, prefixes), default=0)
     groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, stop=policy.stop, seed=seed,
-                    max_new_tokens=longest, temperature=settings.temperature, rows=settings.batch_rows)
-    rollouts = []
-    for problem, prefix, prompt, group in zip(problems, prefixes, prompts, groups):
-        completions = [completion[:settings.max_new_tokens - len(prefix)] for completion in group]
-        rewards = [policy.reward(problem, prefix + completion) for completion in completions]
-        rollouts.append(Rollout(problem, prompt, completions, rewards))
-    return rollouts
+                    max_new_tokens=[settings.max_new_tokens - len(prefix) for prefix in prefixes],
+                    temperature=settings.temperature, rows=settings.batch_rows)
+    return [Rollout(problem, prompt, group, [policy.reward(problem, prefix + completion) for completion in group])
+            for problem, prefix, prompt, group in zip(problems, prefixes, prompts, groups)]
 
 
 def replay_points(policy: Policy, rollouts: list[Rollout], turns: range, max_new_tokens: int, rng: random.Random):
@@ -950,9 +948,10 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], 
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
     hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device),
                                 attention_mask=mask[None, None].to(device), use_cache=False).last_hidden_state[0]
-    rows = torch.tensor([slot[trie.parents[node]] for node in nodes], device=device)
-    return token_logprobs(model, hidden[rows], torch.tensor([trie.tokens[node] for node in nodes], device=device),
-                          temperature)
+    # The dtype is named because there may be no nodes: a group without signal.
+    rows = torch.tensor([slot[trie.parents[node]] for node in nodes], dtype=torch.long, device=device)
+    tokens = torch.tensor([trie.tokens[node] for node in nodes], dtype=torch.long, device=device)
+    return token_logprobs(model, hidden[rows], tokens, temperature)
 
 
 def token_logprobs(model, hidden, tokens, temperature: float):
@@ -1320,7 +1319,7 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
     """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
     if settings.model != "auto":
         return load_policy(settings, settings.model)
-    reason = "No CUDA GPU here"
+    reason = "No CUDA GPU in use"
     if settings.task != "svamp" or pick_device(settings.device).startswith("cuda"):
         try:
             return load_policy(settings, DEFAULT_MODEL)
@@ -1437,8 +1436,8 @@ def train_command(
     save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
     eval_problems: Annotated[int, option("Test problems asked before and after; 0 for all.", panel="Run", min=0)] = 0,
     eval_samples: Annotated[int, option("Also draw this many samples of each, for pass@k.", panel="Run", min=0)] = 0,
-    dry_run: Annotated[bool, option("Only take one worst-case step and say what memory it took.", "--dry-run",
-                                    panel="Run")] = False,
+    dry_run: Annotated[bool, option("Only take one worst-case step and one evaluation batch, and say what memory they "
+                                    "took.", "--dry-run", panel="Run")] = False,
     reward: Reward = "number", metric: Metric = "", seed: Seed = 0, data_dir: DataDir = DATA,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
@@ -1684,7 +1683,7 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
         if "metric" in records[0]:
             rows["mean of --metric"].append(f"{sum(r['metric'] for r in records) / total:.3f}")
         kinds = Counter(record["type"] for record in records)
-        for kind, count in sorted(kinds.items()) if 1 < len(kinds) < 10 else []:
+        for kind, count in sorted(kinds.items()) if 1 < len(kinds) <= 20 else []:
             own = [record for record in records if record["type"] == kind]
             rows[f"{kind or 'no type'} ({count})"].append(f"{accuracy(own):.1%}")
     return right_aligned(["", *results], [(label, *cells) for label, cells in rows.items()], title)
@@ -1727,7 +1726,7 @@ def training_summary(rows: list[dict], device: str) -> Table:
 def show_dry_run(policy: Policy, train_set: list[Problem], test_set: list[Problem], settings) -> None:
     """One step and one batch of the evaluation at their worst: the longest prompts, completions that never end, and
     signal in every group."""
-    device, count = str(base_of(policy.model).device), settings.prompts_per_step
+    device, count = str(base_of(policy.model).device), settings.prompts_per_step + settings.replay
     asked, tested = (sorted((policy.prompt_ids(p.question) for p in problems), key=len)
                      for problems in (train_set, test_set))
     asked = (asked * count)[-count:]  # where there are fewer, some come twice in a step

@@ -42,6 +42,8 @@ def figures(run: Path) -> dict[str, float]:
 
 
 def main(context: typer.Context, seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of each method.")] = 5):
+    if own := {"--seed", "--method", "--name", "--resume", "--eval-samples"} & {a.split("=")[0] for a in context.args}:
+        raise typer.BadParameter(f"{', '.join(own)} is set here for each run.")
     found: dict[str, list[dict]] = {method: [] for method in METHODS}
     for seed in range(seeds):
         for method in METHODS:

@@ -84,9 +84,12 @@ def main(layers: Annotated[int, typer.Option(help="Layers; Qwen2-1.5B has 28.")]
         for group, length in sizes:
             command = [sys.executable, __file__, "--layers", layers, "--case", name, "--group-size", group,
                        "--length", length]
-            output = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
-            found = json.loads(output.splitlines()[-1])
-            cells.append(f"{found['rollout'] / 2**30:.2f} / {found['update'] / 2**30:.2f}")
+            child = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+            if child.returncode:  # its own words are above; the other cells still tell something
+                cells.append("failed")
+            else:
+                found = json.loads(child.stdout.splitlines()[-1])
+                cells.append(f"{found['rollout'] / 2**30:.2f} / {found['update'] / 2**30:.2f}")
             print(name, group, length, cells[-1], file=sys.stderr)
         table.add_row(name, *cells)
     Console().print(table)

@@ -173,6 +173,33 @@ def test_train_eval_and_gate(cli):
     assert code == 1 and "is below --min-accuracy" in text
 
 
+def test_each_column_is_its_own_adapter_and_the_gate_asks_the_last(cli):
+    for name, size in (("zero", 0.0), ("wild", 1.0)):
+        model = tokenrl.add_lora(tokenrl.load_model("demo", "cpu")[0], 4, 8, "q_proj,v_proj", 1.0)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_().mul_(size)
+        model.save_pretrained(name)
+    for (first, last), wanted in ((("zero", "wild"), 1), (("wild", "zero"), 0)):
+        code, _ = cli("eval", "svamp", "--device", "cpu", "--max-new-tokens", 40, "--limit", 20, "--output", "o.jsonl",
+                      "--adapter", first, "--adapter", last, "--min-accuracy", 0.1)
+        said = {p: [a["completion"] for a in rows_of("o.jsonl") if a["policy"] == p] for p in ("base", "zero", "wild")}
+        assert code == wanted and said["zero"] == said["base"] != said["wild"]
+
+
+def test_training_never_asks_a_test_problem(cli, monkeypatch):
+    asked = {"roll_out": set(), "evaluate": set()}
+    for name in asked:
+        def watched(policy, problems, *rest, name=name, plain=getattr(tokenrl, name), **options):
+            asked[name].update(problem.question for problem in problems)
+            return plain(policy, problems, *rest, **options)
+        monkeypatch.setattr(tokenrl, name, watched)
+    assert cli("train", "svamp", *FAST, "--steps", "4", "--prompts-per-step", "8", "--replay", "1")[0] == 0
+    train, test = ({row["question"] for row in rows_of(DEMO / f"{split}.jsonl")} for split in ("train", "test"))
+    assert asked["roll_out"] <= train and asked["evaluate"] <= test and not train & test
+
+
 def test_runs_never_overwrite_each_other(cli):
     for _ in range(2):
         assert cli("train", "svamp", *FAST, "--steps", "1", "--name", "same")[0] == 0
@@ -191,12 +218,32 @@ def test_dry_run(cli):
     assert code == 0 and "tokens generated │ 768" in text  # 8 x 4 x 24: problems come again, as in training
     text = cli("train", "svamp", *FAST, "--dry-run", "--method", "t-spmo")[1]
     assert "tokens trained │ 8" in text  # 2 groups of two pairs that branch at their last token
+    assert "tokens generated │ 288" in cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")[1]
+
+
+def test_a_resumed_run_goes_on_from_its_last_save(cli, monkeypatch):
+    settings, plain = [*FAST, "--steps", "8", "--save-every", "3", "--replay", "1"], tokenrl.train_step
+    assert cli("train", "svamp", *settings, "--name", "whole")[0] == 0
+
+    def cut(policy, problems, optimizer, step, settings):
+        if step == 5:
+            raise tokenrl.UserError("cut")
+        return plain(policy, problems, optimizer, step, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenrl, "train_step", cut)
+        assert cli("train", "svamp", *settings, "--name", "cut")[0] == 1
+    assert torch.load("runs/cut/state.pt", weights_only=True)["step"] == 3
+    assert len(rows_of("runs/cut/metrics.jsonl")) == 5
+    assert cli("train", "svamp", "--resume", "runs/cut", "--device", "cpu")[0] == 0
+    assert exact(rows_of("runs/cut/metrics.jsonl")) == exact(rows_of("runs/whole/metrics.jsonl"))
+    whole, again = (transformers_weights(Path("runs", name)) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
 def test_a_run_killed_several_times_ends_with_the_same_numbers(cli, tmp_path):
-    settings = [*FAST, "--steps", "40", "--save-every", "3", "--replay", "1", "--method", "t-spmo"]
+    settings = [*FAST, "--steps", "20", "--save-every", "3", "--replay", "1", "--method", "t-spmo"]
     assert cli("train", "svamp", *settings, "--name", "whole")[0] == 0
-    metrics, moments = tmp_path / "runs" / "killed" / "metrics.jsonl", [random.uniform(0, 0.4) for _ in range(3)]
+    metrics, moments = tmp_path / "runs" / "killed" / "metrics.jsonl", [random.uniform(0, 0.4) for _ in range(2)]
     for number, moment in enumerate(moments):
         again = ["--resume", "runs/killed"] if number else [*settings, "--name", "killed"]
         process = script("train", "svamp", *again, "--device", "cpu", cwd=tmp_path)
@@ -259,7 +306,10 @@ def test_full_disk_keeps_the_last_checkpoint(cli, monkeypatch):
     code, text = cli("train", "svamp", *FAST, "--steps", "4", "--save-every", "2", "--name", "full")
     assert code == 1 and "The disk is full" in text and calls == ["state.pt"] * 2
     assert torch.load("runs/full/state.pt", weights_only=True)["step"] == 2
-    assert transformers_weights(Path("runs/full"))
+    saved = transformers_weights(Path("runs/full"))
+    weights = torch.load("runs/full/state.pt", weights_only=True)["weights"]
+    weights = {name.replace(".default", ""): weight for name, weight in weights.items()}
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
 
 
 def test_non_finite_steps_stop_the_run(cli, monkeypatch):
@@ -283,11 +333,10 @@ def test_out_of_memory(cli, monkeypatch, message):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["train", "swamp"], "There is no task 'swamp'"),
-    (["train", "swamp"], "prep YOUR_FILE.csv"),
+    (["train", "swamp"], "There is no task 'swamp' in d; make it with: python tokenrl.py prep YOUR_FILE.csv"),
     (["train", "svamp", "--method", "ppo"], "'ppo' is not one of"),
     (["train", "svamp", "--shots", "1"], "--shots needs a chat or plain prompt"),
-    (["eval", "svamp", "--reward", "no.py:kpi"], "There is no file no.py, which the reward 'no.py:kpi' needs"),
+    (["eval", "svamp", "--reward", "no.py:kpi"], "There is no file no.py, which 'no.py:kpi' names"),
     (["train", "svamp", "--group-size", "1"], "should be greater than or equal to 2"),
     (["inspect", "svamp", "--group-size", "0"], "should be greater than or equal to 2"),
     (["train", "svamp", "--prompt", "none.txt"], "There is no file none.txt"),
@@ -295,8 +344,8 @@ def test_out_of_memory(cli, monkeypatch, message):
     (["train", "svamp", "--lora-targets", "nothing"], "this model has no module 'nothing'"),
     (["train", "svamp", "--lora-targets", "q_proj, w_proj"], "this model has no module 'w_proj'"),
     (["eval", "svamp", "--adapter", "nowhere"], "nowhere holds no adapter"),
-    (["train", "svamp", "--dtype", "int3"], "--dtype"),
-    (["train", "svamp", "--device", "abacus"], "--device"),
+    (["train", "svamp", "--dtype", "int3"], "'int3' is not one of auto"),
+    (["train", "svamp", "--device", "abacus"], "'abacus' is not there"),
 ])
 def test_bad_arguments(cli, arguments, sentence):
     if arguments[1] == "swamp":
@@ -513,6 +562,14 @@ def test_options_that_could_train_nothing(cli):
     weights = transformers_weights(Path("runs/svamp-s-grpo"))
     for target in ("q_proj", "v_proj"):
         assert any(w.abs().max() > 0 for name, w in weights.items() if f"{target}.lora_B" in name)
+    config = json.loads(Path("runs/svamp-s-grpo/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 32)
+
+
+def test_a_float32_checkpoint_is_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert tokenrl.pick_dtype("auto", "cuda", torch.float32) == torch.float32
+    assert tokenrl.pick_dtype("auto", "cuda", torch.bfloat16) == torch.bfloat16
 
 
 def test_eval_shows_types_as_they_are_and_writes_into_a_new_folder(cli):
@@ -555,6 +612,13 @@ def test_a_completion_that_was_cut_off_earns_nothing():
     problem = tokenrl.Problem("1+1?", "2")
     assert policy.reward(problem, [6, 1]) == 1.0 and policy.reward(problem, [6]) == 0.0
     assert policy.reward(problem, [5, 1]) == 0.0
+    policy.score = tokenrl.exact_reward  # the end token is no part of the answer
+    assert policy.reward(problem, [6, 1]) == 1.0
+
+
+def test_models_with_a_switch_for_thinking_are_asked_without():
+    tokenizer = chat_tokenizer("{% if enable_thinking is false %}2{% endif %}")
+    assert tokenizer.decode(tokenrl.Policy(None, tokenizer, "chat").prompt_ids("1+1?")) == "2"
 
 
 def test_a_chat_template_that_refuses_the_prompt():

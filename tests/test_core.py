@@ -113,9 +113,9 @@ def test_equal_rewards_give_no_credit():
 
 # ---- the packed pass, against one plain forward per completion ----------------------------------------------------
 
-def plain_logprobs(model, prompt, completion):
+def plain_logprobs(model, prompt, completion, temperature=1.0):
     logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def lora(model, seed=1, checkpointing=False):
@@ -242,6 +242,17 @@ def test_layers_that_share_keys_and_values(words):
         assert prompt + completion == whole
 
 
+def test_a_bfloat16_model_is_sampled_and_trained_with_float32_logits(words):
+    model, trie = random_model("qwen2").bfloat16(), tokenrl.Trie([[5, 6, 7], [5, 8]])
+    assert tokenrl.packed_logprobs(model, [3, 4], trie, [0, 1, 2, 3]).dtype == torch.float32
+    assert tokenrl.packing_gap(model, range(97)) < 0.5
+    assert len(tokenrl.sample(model, words, [[3, 4]], 4, max_new_tokens=5)[0]) == 4
+
+
+def test_a_group_without_signal_asks_for_no_logprobs():
+    assert tokenrl.packed_logprobs(random_model("qwen2"), [3, 4], tokenrl.Trie([[5]]), []).shape == (0,)
+
+
 def test_prompt_and_completion_must_fit_the_context(words):
     with pytest.raises(tokenrl.UserError, match="need 515 tokens, but this model's context holds 512"):
         tokenrl.sample(random_model("qwen2"), words, [[5] * 500], max_new_tokens=15)
@@ -274,13 +285,15 @@ def random_step():
             tokenrl.Rollout(PROBLEM, [9], completions, rewards)]
 
 
-@pytest.mark.parametrize("budget", [1024, 9, 1])
+@pytest.mark.parametrize("budget, temperature", [(1024, 1.0), (1024, 0.7), (9, 0.7), (1, 1.0)])
 @pytest.mark.parametrize("method", ["grpo", "s-grpo", "t-spmo"])
-def test_update_is_the_policy_gradient(method, budget):
+def test_update_is_the_policy_gradient(method, budget, temperature):
     """One step's gradient, through update(), against the formula written over completions with plain forwards, however
     the step is cut into packs."""
     model, rollouts = lora(random_model("qwen2")), random_step()
-    settings = settings_of(method=method, l2=0.01, max_pack_tokens=budget)
+    # on_prob is for t-spmo alone, and the command line sets it whatever the method.
+    settings = settings_of(method=method, on_prob=method != "t-spmo", l2=0.01, max_pack_tokens=budget,
+                           temperature=temperature)
     report, found = step_gradient(model, rollouts, settings, random.Random(5))
 
     rng, loss, trained = random.Random(5), 0.0, 0
@@ -288,7 +301,7 @@ def test_update_is_the_policy_gradient(method, budget):
         if not rollout.has_signal:
             continue
         trie, rewards = tokenrl.Trie(rollout.completions), rollout.rewards
-        logps = [plain_logprobs(model, rollout.prompt, completion) for completion in rollout.completions]
+        logps = [plain_logprobs(model, rollout.prompt, c, temperature) for c in rollout.completions]
         if method == "t-spmo":
             weights = tokenrl.t_spmo_weights(trie, rewards)
             by_node = {n: lp for path, row in zip(trie.paths, logps) for n, lp in zip(path, row)}
@@ -465,6 +478,22 @@ def test_replays_do_not_start_within_the_stop_text(monkeypatch):
     assert {tuple(prefix) for prefix in prefixes} == {(5,), (5, 6)}
 
 
+def test_replays_start_in_no_hopeless_group_and_no_cut_off_completion():
+    groups = [tokenrl.Rollout(PROBLEM, [1], [[7] * 4, [8] * 4], [0.0, 0.0]),
+              tokenrl.Rollout(PROBLEM, [1], [[9] * 9, [5] * 4], [1.0, 0.0])]
+    _, prefixes = tokenrl.replay_points(tokenrl.Policy(None, Words(), "chat"), groups, range(40), 9, random.Random(0))
+    assert {prefix[0] for prefix in prefixes} == {5}
+
+
+def test_a_replay_is_scored_with_what_it_starts_from():
+    policy = tokenrl.Policy(random_model("qwen2"), Words(), "plain",
+                            score=lambda text, answer: float(text.startswith("7 7 7 ")))
+    policy.prompt_ids, policy.finished = lambda question: [5, 6], lambda completion: True
+    settings = settings_of(max_new_tokens=9, batch_rows=64, group_size=8)
+    [rollout] = tokenrl.roll_out(policy, [PROBLEM], [[7] * 3], settings, seed=0)
+    assert rollout.rewards == [1.0] * 8
+
+
 def test_a_replay_has_no_more_room_than_the_completion_it_ends():
     """Every completion would be right, but what does not end within max_new_tokens, prefix included, earns nothing."""
     policy = tokenrl.Policy(random_model("qwen2"), Words(), "plain", score=lambda text, answer: 1.0)
@@ -477,6 +506,78 @@ def test_a_replay_has_no_more_room_than_the_completion_it_ends():
         assert max(map(len, rollout.completions)) == 24 - len(prefix)
         assert rollout.rewards == [completion[-1] == 1 for completion in rollout.completions]
         assert rollout.has_signal
+    policy.model.config.max_position_embeddings = 26  # the prompt and 24 tokens, wherever a replay starts
+    assert len(tokenrl.roll_out(policy, [PROBLEM] * 3, prefixes, settings, seed=0)) == 3
+
+
+def watched_step(monkeypatch, step=0, **changes):
+    """What one train_step asks of sample(), what it hands to update(), and its row."""
+    words, asked, given, plain = Words(), [], [], tokenrl.sample
+    words.encode = lambda text: [int(token) for token in text.split()]
+    model = lora(random_model("qwen2"))
+    tokenrl.base_of(model).generation_config.eos_token_id = list(range(48))  # so that completions end
+    policy = tokenrl.Policy(model, words, "{question}", score=lambda text, answer: float(text[0] < "5"))
+    settings = settings_of(**dict(temperature=0.7, replay=3, prompts_per_step=2, group_size=16, max_new_tokens=9,
+                                  batch_rows=64, steps=20, lr=1.0, seed=0) | changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenrl, "sample", lambda *a, **k: asked.append((k["temperature"], k["seed"])) or plain(*a, **k))
+        patch.setattr(tokenrl, "update", lambda policy, rollouts, optimizer, lr, *_: given.append((rollouts, lr)) or {
+            "tokens_trained": 1, "loss": 0.0, "grad_norm": 0.0, "skipped": False})
+        row = tokenrl.train_step(policy, [tokenrl.Problem(f"{i} 9", "1") for i in range(2, 12)], None, step, settings)
+    return asked, *given[0], row
+
+
+def test_a_step_draws_as_asked_and_trains_its_replays(monkeypatch):
+    asked, rollouts, lr, row = watched_step(monkeypatch)
+    assert [t for t, _ in asked] == [0.7, 0.7] and len(rollouts) == 2 + 3 and lr == row["lr"] == 0.5
+    assert watched_step(monkeypatch)[0] == asked
+    others = [watched_step(monkeypatch, **change) for change in ({"step": 1}, {"seed": 1})]
+    assert len({seed for calls in (asked, *(other[0] for other in others)) for _, seed in calls}) == 6
+    assert [r.problem for r in others[1][1][:2]] != [r.problem for r in rollouts[:2]]
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [tokenrl.learning_rate(step, SimpleNamespace(steps=20, lr=1.0)) for step in range(20)]
+    assert rates[:2] == [0.5, 1.0] and rates[-1] == pytest.approx(0.1) and rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    model = lora(random_model("qwen2"))
+    _, free = step_gradient(model, random_step(), settings_of(), random.Random(5))
+    half = settings_of(max_grad_norm=free.norm().item() / 2)
+    report, clipped = step_gradient(model, random_step(), half, random.Random(5))
+    torch.testing.assert_close(clipped, free / 2, atol=1e-6, rtol=1e-3)
+    assert report["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-3)
+    assert tokenrl.new_optimizer(model).defaults["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("budget", [1024, 1])
+def test_beta_weighs_the_mean_kl_of_the_trained_tokens(budget):
+    model, rollout = lora(random_model("qwen2")), random_step()[0]
+    trie = tokenrl.Trie(rollout.completions)
+    nodes = tokenrl.grpo_weights(trie, rollout.rewards)
+    _, without = step_gradient(model, [rollout], settings_of(temperature=0.7), random.Random(5))
+    settings = settings_of(temperature=0.7, beta=0.5, max_pack_tokens=budget)
+    _, found = step_gradient(model, [rollout], settings, random.Random(5))
+    kl, seen = 0.0, set()
+    for path, completion in zip(trie.paths, rollout.completions):
+        logp = plain_logprobs(model, rollout.prompt, completion, 0.7)
+        with torch.no_grad(), model.disable_adapter():
+            gap = plain_logprobs(model, rollout.prompt, completion, 0.7) - logp.detach()
+        fresh = [t for t, node in enumerate(path) if node in nodes and node not in seen]
+        seen.update(path)
+        kl = kl + (logp * (1 - gap.exp()))[fresh].sum()  # has the gradient of exp(gap) - gap - 1
+    wanted = gradients(model, 0.5 * kl / len(nodes))
+    torch.testing.assert_close(found - without, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=1e-2)
+
+
+def test_a_row_of_metrics_is_of_all_processes():
+    fact = lambda rewards, **own: {"reward": rewards, "tokens_generated": 10, "tokens_trained": 4, "loss": 0.5,  # noqa: E731
+        "grad_norm": 1.0, "skipped": False, "rollout_s": 1.0, "update_s": 2.0, "peak_memory": 3} | own
+    row = tokenrl.metrics_row(4, 0.1, [fact([1.0, 0.5]), fact([1.0, 1.0, 0.0, 0.0], rollout_s=5.0, skipped=True)])
+    assert row["reward"] == pytest.approx(3.5 / 6) and row["accuracy"] == 0.5 and row["step"] == 5
+    assert (row["tokens_generated"], row["tokens_trained"], row["loss"]) == (20, 8, 1.0)
+    assert row["rollout_s"] == 5.0 and row["skipped"]
 
 
 def test_every_end_token_stops_and_is_kept(words):
@@ -533,6 +634,27 @@ def test_samples_leave_the_greedy_batches_as_they_are(words, monkeypatch):
     assert all(len(prompts) * count <= 20 for prompts, count, _ in asked)
     assert [record["completion"] for record in beside] == [record["completion"] for record in alone]
     assert {record["samples"] for record in beside} == {5} and sum(told) == 50 * (1 + 5)
+
+
+def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
+    words.encode, calls = (lambda text: [5]), []
+    policy = tokenrl.Policy(random_model("qwen2"), words, "{question}",
+                            score=lambda text, answer: 1.0 if text.split()[0] == answer else 0.5)
+
+    def scripted(model, tokenizer, prompts, count, *, temperature, seed, **_):
+        calls.append((temperature, seed))
+        return [[[6, 1]] if count == 1 else [[6, 1], [7, 1], [6]] for _ in prompts]  # the last is cut off
+    monkeypatch.setattr(tokenrl, "sample", scripted)
+    settings = SimpleNamespace(batch_rows=3, max_new_tokens=8, temperature=0.7, seed=0)
+    records = tokenrl.evaluate(policy, [tokenrl.Problem(f"q{i}", i) for i in "67"], settings, samples=3)
+    assert [(r["correct"], r["samples_correct"], r["length"]) for r in records] == [(True, 1, 2), (False, 1, 2)]
+    assert [t for t, _ in calls] == [0.0, 0.7, 0.7] and calls[1][1] != calls[2][1]
+
+
+def test_the_stop_text_finishes_a_completion_and_is_not_scored(words):
+    words.decode = lambda ids, **_: "".join({6: " 2", 7: "\nQuestion:", 8: " 9"}[i] for i in ids)
+    policy, problem = tokenrl.Policy(random_model("qwen2"), words, "plain"), tokenrl.Problem("1+1?", "2")
+    assert [policy.reward(problem, c) for c in ([6, 7], [6, 7, 8], [6])] == [1.0, 1.0, 0.0]
 
 
 def test_the_same_seed_gives_the_same_samples(words):

@@ -31,6 +31,8 @@ def test_splits_share_no_template_and_no_numbers():
         kinds = [set(map(kind, problems)) for problems in seen.values()]
         assert all(len(k) > 30 for k in kinds)
         assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2]
+        files = make_demo.bundled_problems(random.Random(0))
+        assert not set(map(kind, files["train"])) & set(map(kind, files["test"]))
 
 
 def test_every_bundled_answer_is_right():
