@@ -1596,6 +1596,8 @@ def progress_bar(label: str) -> Progress:
 @contextlib.contextmanager
 def bar(label: str, total: int):
     """Yields what moves a progress bar: a function of `advance` or `completed`."""
+    if not console.is_terminal:
+        console.print(f"{label}: {total:,} answers ...")
     with progress_bar(label) as progress:
         yield partial(progress.update, progress.add_task("", total=total))
 

@@ -498,7 +498,7 @@ def test_a_replay_has_no_more_room_than_the_completion_it_ends():
     """Every completion would be right, but what does not end within max_new_tokens, prefix included, earns nothing."""
     policy = tokenrl.Policy(random_model("qwen2"), Words(), "plain", score=lambda text, answer: 1.0)
     policy.prompt_ids = lambda question: [5, 6]
-    settings = settings_of(max_new_tokens=24, temperature=9.0, batch_rows=64, group_size=64)
+    settings = settings_of(max_new_tokens=24, temperature=9.0, batch_rows=192, group_size=64)
     prefixes = [[], [7] * 9, [7] * 20]
     rollouts = tokenrl.roll_out(policy, [PROBLEM] * 3, prefixes, settings, seed=0)
     for prefix, rollout in zip(prefixes, rollouts):
