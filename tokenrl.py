@@ -1595,7 +1595,8 @@ def progress_bar(label: str) -> Progress:
 
 @contextlib.contextmanager
 def bar(label: str, total: int):
-    """Yields what moves a progress bar: a function of `advance` or `completed`."""
+    """Yields what moves a progress bar: a function of `advance` or `completed`. Without a terminal, a line says that it
+    has begun."""
     if not console.is_terminal:
         console.print(f"{label}: {total:,} answers ...")
     with progress_bar(label) as progress:
