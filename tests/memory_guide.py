@@ -79,6 +79,7 @@ def main(layers: Annotated[int, typer.Option(help="Layers; Qwen2-1.5B has 28.")]
         return
     sizes = [(group, length) for group in (8, 16) for length in (256, 1024)]
     table = Table("", *(f"{group} x {length}" for group, length in sizes), title="rollout / update, peak memory in GiB")
+    found = None
     for name in CASES:
         cells = []
         for group, length in sizes:
@@ -93,6 +94,8 @@ def main(layers: Annotated[int, typer.Option(help="Layers; Qwen2-1.5B has 28.")]
             print(name, group, length, cells[-1], file=sys.stderr)
         table.add_row(name, *cells)
     Console().print(table)
+    if found is None:
+        sys.exit("Every size failed; see above.")
     print(f"{found['device']}, bfloat16, weights {found['weights'] / 2**30:.2f} GiB, LoRA on the last third")
 
 
