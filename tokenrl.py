@@ -4,39 +4,45 @@
 # ///
 """tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
 
-    python tokenrl.py train svamp                      # the bundled demo on a laptop, Qwen2-1.5B on a GPU
-    python tokenrl.py train svamp --method t-spmo      # credit only where completions branch
+    python tokenrl.py train svamp                     # bundled demo on a laptop, Qwen2-1.5B on a GPU
+    python tokenrl.py train svamp --method t-spmo     # credit only where completions branch
     python tokenrl.py eval svamp --adapter runs/svamp-s-grpo
-    python tokenrl.py prep questions.csv               # your own questions and answers
+    python tokenrl.py prep questions.csv              # your own questions and answers
 
-Only a LoRA adapter is trained, there is no critic, and the gradient is spent on few of the sampled tokens
-(S-GRPO and T-SPMO, Lee & Tong 2025, arXiv 2504.20834). The idea that keeps this file small: sample a group of G
-completions of one prompt and put them into a trie, where a node is one token after one exact prefix. Then every
-method is the same program with another credit function, which gives a weight to some of the nodes, and
+Only a LoRA adapter is trained, there is no critic, and the gradient is spent on few of the sampled
+tokens (S-GRPO and T-SPMO, Lee & Tong 2025, arXiv 2504.20834). The idea that keeps this file small:
+sample a group of G completions of one prompt and put them into a trie, where a node is one token
+after one exact prefix. Every method is the same program with another credit function, which gives a
+weight to some of the nodes, and
 
     loss = - sum over weighted nodes n of  weight(n) * log pi(token(n) | prefix(n))
 
-    GRPO     sum over completions i through n of  A_i / (G * len_i),   A_i = (R_i - mean R) / (std R + eps)
-    S-GRPO   the same over a random subset T_i of positions: t < alpha always, the others with probability p
-    T-SPMO   mean R of the completions through n  -  mean R of those through its parent,  / number of nodes with credit
-             (by default on pi instead of log pi, see pack_loss)
+    GRPO    sum over completions i through n of  A_i / (G * len_i),  A_i = (R_i - mean R) / (std R + eps)
+    S-GRPO  the same over a random subset T_i of positions: t < alpha always, each later one with
+            probability p while there are fewer than k
+    T-SPMO  mean R of the completions through n - mean R of those through its parent, / number of
+            nodes with credit; times pi(n), which makes its term one of pi instead of log pi
 
-Only ancestors of weighted nodes need a forward pass and only their parents need logits, so the prompt and the needed
-nodes go through the model as ONE sequence in which each token sees its ancestors. That is exact, not approximate.
+Only ancestors of weighted nodes need a forward pass and only their parents need logits, so the
+prompt and the needed nodes go through the model as ONE sequence in which each token sees its
+ancestors. That is exact, not approximate.
 
-What is left out: no critic and no reward model, no second copy of the model (the optional KL term reads the same
-model with its adapter switched off), no old policy and no clipping (one update per rollout is exactly on-policy).
+What is left out: no critic and no reward model, no second copy of the model (the optional KL term
+reads the same one with its adapter switched off), no old policy and no clipping (one update per
+rollout is exactly on-policy; instead no step moves the policy further than --target-kl).
 
 The file reads in the order in which the data flows:
-    problem -> prompt -> G completions -> rewards -> trie -> weights -> packed forward -> loss -> step -> metrics
+    problem -> prompt -> G completions -> rewards -> trie -> weights -> packed forward -> loss -> step
 """
-from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import errno
 import hashlib
-import importlib.util
+import http.client
+import importlib
+import inspect
 import io
 import json
 import math
@@ -49,31 +55,34 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import urllib.request
 import warnings
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
+from fnmatch import fnmatch
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import fmean
 from typing import Annotated, Literal, get_args
 
 import typer
-from rich.console import Console
-from rich.console import Group as Stack
+from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
 
+__version__ = "2.0.0"
+
 
 class _Lazy:
-    """A module that is imported at its first use, so that help and data preparation answer at once."""
+    """A module imported at its first use, so that help and data preparation answer at once."""
 
     def __init__(self, name: str):
         self._name = name
@@ -83,7 +92,10 @@ class _Lazy:
 
 
 torch, transformers, peft = _Lazy("torch"), _Lazy("transformers"), _Lazy("peft")
-AS_IT_IS = {"markup": False, "emoji": False, "highlight": False}  # the user's text can hold what rich takes for markup
+accelerate, numpy = _Lazy("accelerate"), _Lazy("numpy")
+filelock, safetensors = _Lazy("filelock"), _Lazy("safetensors.torch")
+# The user's text can hold what rich takes for markup.
+AS_IT_IS = {"markup": False, "emoji": False, "highlight": False}
 console, errors = (Console(stderr=stderr, **AS_IT_IS) for stderr in (False, True))
 
 
@@ -95,52 +107,137 @@ class Unreachable(UserError):
     """What should come from the network cannot be had."""
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+class NotFinite(UserError):
+    """NaN or infinity where the model should give numbers."""
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(re.search("(out of|can't allocate|not enough) memory", str(error)))
+    pattern = "(out of|can't allocate|not enough) memory"
+    return isinstance(error, MemoryError) or bool(re.search(pattern, str(error)))
 
 
-# ---- 1. Tasks: problems, data files, rewards ------------------------------------------------------------------
+# ---- 1. Settings: every option of train, eval and inspect, once ---------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
-SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
-SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
-
-# Worked examples for the prompt. `prep` writes them beside the data as examples.jsonl, where they can be edited.
-STORY_EXAMPLES = [
-    {"question": "A kiosk had 24 kites. It sold 9 kites and 3 balls. How many kites are left?",
-     "answer": "Only the kites count: 24 - 9 = 15 kites are left.\n#### 15"},
-    {"question": "Mina fills 4 bags with 6 shells in each bag. How many shells is that?",
-     "answer": "4 bags of 6 shells are 4 * 6 = 24 shells.\n#### 24"},
-    {"question": "After Jon gave away 7 stamps he had 12 left. How many stamps did he have before?",
-     "answer": "He had the 12 that are left and the 7 he gave away: 12 + 7 = 19 stamps.\n#### 19"},
-]
-MULTIPLY_EXAMPLES = [
-    {"question": "What is 47 * 36?",
-     "answer": "47 * 6 = 282\n47 * 30 = 1410\n282 + 1410 = 1692\n#### 1692"},
-    {"question": "What is 8 * 59?",
-     "answer": "8 * 9 = 72\n8 * 50 = 400\n72 + 400 = 472\n#### 472"},
-]
+app = typer.Typer(
+    help="Teach a language model to reason by reinforcement learning on a few sampled tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ALL, TRAIN, SHOW, ASK = "train eval inspect", "train", "train inspect", "train eval"
 
 
-@dataclass(frozen=True)
-class Problem:
-    question: str
-    answer: str
-    type: str = ""
+def option(default, help: str, panel: str, on: str = ALL, *names, low=None, high=None, shown=True):
+    """A field of Settings that is an option of the commands named in `on`."""
+    kind = {int: "N", float: "X", Path: "PATH"}.get(
+        type(default), None if default is False else "TEXT"
+    )
+    info = typer.Option(*names, help=help, rich_help_panel=panel, show_default=shown, metavar=kind)
+    return field(
+        default=default, metadata={"info": info, "on": on.split(), "low": low, "high": high}
+    )
 
 
-# A minus counts as a sign only where it cannot be a subtraction: "3-2" holds 3 and 2, "= -2" holds -2.
+@dataclass
+class Settings:
+    """What a model is asked, how it is trained, and where things are. A run's config.json holds it."""
+
+    task: str = ""
+    model: str = option("auto", "Hub id, folder, or demo; auto: Qwen2-1.5B, or demo.", "Main")
+    method: str = option("s-grpo", "s-grpo, t-spmo, grpo, FILE.py:function.", "Main", SHOW)
+    steps: int = option(100, "Training steps.", "Main", TRAIN, low=1)
+    lr: float = option(
+        1e-3, "Peak learning rate; warms up, then decays.", "Main", TRAIN, low=0, high=1e20
+    )
+    start_from: str = option(
+        "", "Start from the adapter of this run.", "Main", TRAIN, "--adapter", shown="none"
+    )
+    seed: int = option(0, "Of problems, samples, adapter.", "Main", low=0, high=2**32 - 1)
+
+    alpha: int = option(4, "s-grpo: train the first N tokens,", "Credit", SHOW, low=0)
+    p: float = option(0.3, "later ones with this probability,", "Credit", SHOW, low=0, high=1)
+    k: int = option(0, "and at most N of a completion; 0: all.", "Credit", SHOW, low=0)
+    on_prob: bool = option(
+        True, "t-spmo: on pi, not log pi.", "Credit", SHOW, "--on-prob/--on-log-prob"
+    )
+    replay: int = option(0, "Extra groups from inside completions.", "Credit", TRAIN, low=0)
+
+    prompts_per_step: int = option(8, "Problems asked per step.", "Rollout", TRAIN, low=1)
+    group_size: int = option(8, "Completions per problem (G).", "Rollout", SHOW, low=2)
+    max_new_tokens: int = option(200, "Longest completion.", "Rollout", low=1)
+    temperature: float = option(1.0, "Of the samples.", "Rollout", low=0.01, high=100)
+    batch_rows: int = option(64, "Completions decoded at a time.", "Rollout", low=1)
+    prompt: str = option("auto", "auto, chat, plain, or a {question} file.", "Rollout")
+    shots: int | None = option(None, "Worked examples.", "Rollout", low=0, shown="all")
+    stop: str = option("", "Text that ends a completion too.", "Rollout", shown="none")
+
+    target_kl: float = option(0.003, "Largest KL of a step; 0: no limit.", "Update", TRAIN, low=0)
+    beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN, low=0)
+    l2: float = option(0.0, "L2 penalty on LoRA.", "Update", TRAIN, "--l2", low=0)
+    lora_rank: int = option(16, "Rank of the LoRA matrices.", "Update", TRAIN, low=1)
+    lora_alpha: float = option(32.0, "Scale: alpha / rank.", "Update", TRAIN, low=0)
+    lora_targets: str = option("all-linear", "Modules, with commas.", "Update", TRAIN)
+    lora_layers: float = option(
+        1 / 3, "Share of layers, from the last.", "Update", TRAIN, low=1e-3, high=1, shown="1/3"
+    )
+    max_pack_tokens: int = option(1024, "Tokens in one forward pass.", "Update", TRAIN, low=1)
+    checkpointing: bool = option(
+        False, "Less memory, more time.", "Update", TRAIN, "--checkpointing"
+    )
+
+    validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN, low=0)
+    patience: int = option(5, "Validations without gain before the end.", "Run", TRAIN, low=1)
+    save_every: int = option(10, "Steps between saves.", "Run", TRAIN, low=1)
+    eval_problems: int | None = option(
+        None, "Test problems before and after.", "Run", TRAIN, low=0, shown="all"
+    )
+    eval_samples: int = option(0, "Samples of each, for pass@k.", "Run", TRAIN, low=0)
+
+    reward: str = option("number", "number, exact, regex:..., FILE.py:function.", "Data")
+    metric: str = option("", "A KPI to report too; same forms.", "Data", ASK, shown="none")
+    data_dir: Path = option(DATA, "Where prepared tasks live.", "Data", shown="data/ here")
+    device: str = option("auto", "auto, cpu, cuda or mps.", "Machine")
+    dtype: str = option("auto", "auto, float32, bfloat16, float16.", "Machine")
+
+
+def check_settings(settings: Settings, given: dict | None = None) -> None:
+    """Raise for a value of the wrong type or out of range, on the command line or in a config.json."""
+    for item in fields(Settings):
+        value, kinds = getattr(settings, item.name), get_args(item.type) or (item.type,)
+        kinds += (int,) if float in kinds else ()
+        name = f"--{item.name.replace('_', '-')} {value}"
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            raise UserError(
+                f"{name!r} is not of the type that it should be ({item.type.__name__})."
+            )
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if isinstance(value, (int, float)) and not math.isfinite(value):
+            raise UserError(f"{name} is not a finite number.")
+        if value is not None and (
+            low is not None and value < low or high is not None and value > high
+        ):
+            raise UserError(
+                f"{name} is out of range: it must be at least {low}"
+                + (f" and at most {high}." if high else ".")
+            )
+
+
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}.%])[-\u2212])?(?:[$€£]\s?)?(?<![\w.])(?P<sign2>(?<=[$€£])-)?"
     r"(?:(?P<whole>\d+)[ ](?=\d+/\d))?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?"
     r"(?:/(?P<under>\d+))?",
-    re.ASCII)
+    re.ASCII,
+)
 _MARK = re.compile(r"####|\\boxed\{|\banswer(?: is:?|:| =)", re.IGNORECASE)
-_EDGES = re.compile(r"""^[\s*_`'"]+|[\s*_`'".}$]+$""")  # what exact_reward overlooks around an answer
+_EDGES = re.compile(
+    r"""^[\s*_`'"]+|[\s*_`'".}$]+$"""
+)  # what exact_reward overlooks around an answer
 
 
 def _numbers(text: str) -> Iterator[Fraction]:
@@ -163,13 +260,13 @@ def extract_number(text: str) -> Fraction | None:
     that a number follows, the last number of the text. Commas, currency signs, decimals and fractions are read.
     """
     for mark in reversed(list(_MARK.finditer(text))):
-        line = text[mark.end():].lstrip().split("\n")[0]
+        line = text[mark.end() :].lstrip().split("\n")[0]
         if (number := next(_numbers(line), None)) is not None:
             return number
     return next(reversed(list(_numbers(text))), None)
 
 
-def number_reward(text: str, answer: str) -> float:
+def number_reward(text: str, answer: str, decimal: str = "") -> float:
     """1.0 if the final answer of `text` equals `answer` as a number (1,234 = 1234 = 1234.0), else 0.0."""
     found = extract_number(text)
     return float(found is not None and found == next(_numbers(str(answer)), None))
@@ -180,253 +277,501 @@ def exact_reward(text: str, answer: str) -> float:
     the last mark (see extract_number), or the last line; capitals, quotes, Markdown's marks and a closing full stop do
     not count."""
     marks = list(_MARK.finditer(text))
-    lines = text[marks[-1].end():].lstrip().split("\n") if marks else text.strip().split("\n")[-1:]
+    lines = text[marks[-1].end() :].lstrip().split("\n") if marks else text.strip().split("\n")[-1:]
     found, wanted = ((_EDGES.sub("", t) or t.strip()).casefold() for t in (lines[0], answer))
     return float(found == wanted)
 
 
-def reward_function(option: str) -> Callable[[str, str], float]:
-    """(text of a completion, reference answer) -> reward in [0, 1], as --reward and --metric name it: number, exact,
-    regex:PATTERN ({answer} in it stands for the reference) or FILE.py:function."""
-    if option in (named := {"number": number_reward, "exact": exact_reward}):
-        return named[option]
-    if option.startswith("regex:"):
-        pattern = re.sub(r"\{answer\}(?=[?*+{])", "(?:{answer})", option.removeprefix("regex:"))
-        try:
-            re.compile(pattern.replace("{answer}", "0"))
-        except re.error as error:
-            raise UserError(f"{option!r} is not a regular expression: {error}.") from None
-        return lambda text, answer: float(bool(re.search(pattern.replace("{answer}", re.escape(answer)), text)))
+def read_number(text, decimal=""):
+    bare = re.sub(r"\s?[%$€£]$", "", text)
+    return next(_numbers(text), None) if _NUMBER.fullmatch(bare) else None
+
+
+def final_text(text):
+    return text
+
+
+# ---- tasks and rewards, second half: rewards, files, problems ------------------------------------
+
+SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
+SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
+
+# For the prompt; `prep` writes them beside the data as examples.jsonl, where they can be edited.
+STORY_EXAMPLES = [
+    {
+        "question": "A kiosk had 24 kites. It sold 9 kites and 3 balls. How many kites are left?",
+        "answer": "Only the kites count: 24 - 9 = 15 kites are left.\n#### 15",
+    },
+    {
+        "question": "Mina fills 4 bags with 6 shells in each bag. How many shells is that?",
+        "answer": "4 bags of 6 shells are 4 * 6 = 24 shells.\n#### 24",
+    },
+    {
+        "question": "After Jon gave away 7 stamps he had 12 left. How many stamps did he have before?",
+        "answer": "He had the 12 that are left and the 7 he gave away: 12 + 7 = 19 stamps.\n#### 19",
+    },
+]
+MULTIPLY_EXAMPLES = [
+    {
+        "question": "What is 47 * 36?",
+        "answer": "47 * 6 = 282\n47 * 30 = 1410\n282 + 1410 = 1692\n#### 1692",
+    },
+    {"question": "What is 8 * 59?", "answer": "8 * 9 = 72\n8 * 50 = 400\n72 + 400 = 472\n#### 472"},
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    type: str = ""
+
+
+@dataclass
+class Task:
+    train: list[Problem]  # empty in a task for evaluation only
+    test: list[Problem]
+    examples: list[dict]
+    decimal: str = ""
+
+
+def is_code(option: str) -> bool:
+    """Whether an option is of the form FILE.py:function."""
+    return option.rpartition(":")[0].endswith(".py") and not option.startswith("regex:")
+
+
+def load_function(option: str) -> Callable:
     path, _, name = option.rpartition(":")
-    if not path.endswith(".py"):
-        raise UserError(f"{option!r} is not a reward; use number, exact, regex:PATTERN or FILE.py:function.")
     if not Path(path).is_file():
-        raise UserError(f"There is no file {path}, which {option!r} names; give the path of yours.")
+        raise UserError(f"There is no file {path}, which {option!r} names.")
     try:
-        defined = runpy.run_path(path)
-    except Exception as error:
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
-    if not callable(function := defined.get(name)):
+        with contextlib.chdir("."):  # comes back, wherever the file goes
+            function = runpy.run_path(path).get(name)
+    except BaseException as error:  # sys.exit() too
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} cannot be run: {fault}") from None
+    if not callable(function):
         raise UserError(f"{path} defines no function {name!r}.")
+    return function
+
+
+def regex_reward(option: str) -> Callable[[str, str], bool]:
+    pattern = re.sub(r"\{answer\}(?=[?*+{])", "(?:{answer})", option.removeprefix("regex:"))
+
+    def reward(text: str, answer: str) -> bool:
+        return bool(re.search(pattern.replace("{answer}", re.escape(answer)), text))
+
+    try:
+        for answer in ("0", "12", "-3.5", "Paris", "net 30"):
+            reward("", answer)
+    except Exception as error:
+        fault = f"is not a regular expression where the answer is {answer!r}"
+        raise UserError(f"{option!r} {fault}: {error}.") from None
+    return reward
+
+
+def reward_function(option: str, decimal: str = "") -> Callable[[str, str], float]:
+    """(text of a completion, reference answer) -> reward in [0, 1], for number, exact,
+    regex:PATTERN ({answer} in it stands for the reference) or FILE.py:function."""
+    if option == "number":
+        return partial(number_reward, decimal=decimal)
+    if option == "exact":
+        return exact_reward
+    if not is_code(option) and not option.startswith("regex:"):
+        forms = "number, exact, regex:PATTERN or FILE.py:function"
+        raise UserError(f"{option!r} is not a reward; use {forms}.")
+    function = load_function(option) if is_code(option) else regex_reward(option)
 
     def checked(text: str, answer: str) -> float:
         try:
-            value = function(text, answer)
-            if isinstance(value, numbers.Real) and 0 <= value <= 1:  # numpy's numbers too
-                return float(value)
+            with contextlib.chdir("."):
+                value = function(text, answer)
+            number = float(value) if hasattr(value, "__float__") else math.nan  # numpy's too
+            if -1e-6 <= number <= 1 + 1e-6:
+                return 1.0 if number > 1 - 1e-6 else max(0.0, number)  # 0.7 + 0.2 + 0.1 is 1
             fault = f"returned {value!r}, which is not a number from 0 to 1,"
-        except Exception as error:
+        except BaseException as error:
             fault = f"raised {type(error).__name__} ({first_line(error)})"
-        raise UserError(f"{option} {fault} on the completion {text!r} with the reference answer {answer!r}.")
+        case = f"on the completion {text!r} with the reference answer {answer!r}"
+        raise UserError(f"{option} {fault} {case}.")
+
     return checked
 
 
-def is_number(text: str) -> bool:
-    bare = re.sub(r"\s?[%$€£]$", "", text)  # 50 %, 12.50 €
-    return bool(_NUMBER.fullmatch(bare)) and next(_numbers(text), None) is not None
-
-
 def read_text(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"There is no file {path}.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 and try again.") from None
+    """Text as UTF-8, or as Windows writes it: UTF-16 with a byte order mark, or Windows-1252."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}.")
+    raw = Path(path).read_bytes()
+    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    for encoding in ["utf-16"] if wide else ["utf-8-sig", "cp1252"]:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = raw.decode(encoding)
+            if "\0" not in text:
+                return text.replace("\r\n", "\n").replace("\r", "\n")
+    raise UserError(f"{path} is not text (UTF-8, UTF-16 or Windows-1252); save it as UTF-8.")
 
 
 def read_rows(path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) of a CSV file with a header line, or of a JSONL file."""
-    text = read_text(path)
+    """(line number, row) of a CSV file with a header line or of a JSONL file; (entry number, row)
+    of a JSON array."""
+    text, number, rows = read_text(path), 1, []
     if path.suffix.lower() == ".csv":
-        delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of many countries write semicolons
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter)
-        try:
-            return [(reader.line_num, {key and key.strip(): value for key, value in row.items()}) for row in reader]
-        except csv.Error as error:
-            raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} is not JSON at line {number}: {error}.") from None
-            if not isinstance(row, dict):
-                raise UserError(f'{path} line {number} is not an object such as {{"question": ..., "answer": ...}}.')
-            rows.append((number, row))
+        return csv_rows(path, text)
+    try:
+        if text.lstrip().startswith("["):
+            rows = list(enumerate(json.loads(text), 1))
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON at line {number}: {error}.") from None
+    for number, row in rows:
+        if not isinstance(row, dict):
+            example = '{"question": ..., "answer": ...}'
+            raise UserError(f"{path} line {number} is not an object such as {example}.")
     return rows
 
 
-def to_problem(row: dict, question: str, answer: str, numeric: bool) -> Problem | str:
-    """The problem in a row, or the reason why there is none; `numeric`: the answer must be a number."""
-    if None in row:  # an answer such as 1,200 without quotes
+def csv_rows(path: Path, text: str) -> list[tuple[int, dict]]:
+    csv.field_size_limit(2**31 - 1)
+    announced = re.match(r'"?sep=([^"\s]|\t)"?\n', text)  # Excel's own first line
+    delimiter = announced[1] if announced else max(",;\t", key=text.split("\n")[0].count)
+    style = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+    reader = csv.DictReader(io.StringIO(text, newline=""), **style)
+    try:
+        if announced:
+            next(reader.reader)
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
+        rows = [(reader.line_num, row) for row in reader if any(row.values())]
+    except csv.Error as error:
+        raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise UserError(f"{path} has several columns {twice[0]!r}; rename or remove them.")
+    return rows
+
+
+def write_jsonl(path: Path, rows) -> None:
+    write_atomically(path, jsonl(rows))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    write_together(path.parent, {path.name: text})
+
+
+def jsonl(rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_together(folder: Path, texts: dict[str, str]) -> None:
+    """Write files that belong together: killed at any moment, the last is missing, or all fit."""
+    new = {folder / name: text.encode(errors="replace") for name, text in texts.items()}
+    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in new}
+    *others, last = new
+    try:
+        for path in new:
+            temporary[path].write_bytes(new[path])
+        # Another process may just have written the same, and be reading it.
+        if last.exists() and not all(p.exists() and p.read_bytes() == new[p] for p in others):
+            last.unlink()
+        for path in new:
+            os.replace(temporary[path], path)
+    finally:
+        for path in new:
+            temporary[path].unlink(missing_ok=True)
+
+
+def cell_text(value) -> str:
+    if value is None or isinstance(value, list | dict):
+        return ""
+    # Half a surrogate pair, which JSON can escape, cannot be written to a file again.
+    return str(value).encode(errors="replace").decode().strip()
+
+
+def reference(value, decimal: str = "") -> str:
+    """The answer in a cell; of a worked one what follows the last ####, as in GSM8K."""
+    if isinstance(value, float):  # JSON has a point in every country
+        return str(value).replace(".", decimal or ".")
+    return cell_text(value).rpartition("####")[2].strip()
+
+
+def to_problem(row: dict, question: str, answer: str, reward: str, decimal: str) -> Problem | str:
+    """The problem in a row, or the reason why there is none."""
+    if any(row.get(None, ())):  # an answer such as 1,200 without quotes
         return "more fields than the header (put texts with commas into quotes)"
-    # Through bytes and back: half a surrogate pair, which JSON can escape, cannot be written to a file again.
-    asked, wanted, kind = ("" if row.get(key) is None else str(row[key]).encode(errors="replace").decode().strip()
-                           for key in (question, answer, "type"))
+    asked, wanted = cell_text(row.get(question)), reference(row.get(answer), decimal)
     if not asked or not wanted:
-        return "no question" if not asked else "no answer"
-    return Problem(asked, wanted, kind) if is_number(wanted) or not numeric else "the answer is not a number"
+        return "no answer" if asked else "no question"
+    numeric = reward == "number" or isinstance(row[answer], float)  # JSON's NaN is a float
+    if numeric and read_number(wanted, decimal) is None:
+        return "the answer is not a number"
+    if reward == "exact" and not exact_reward(f"#### {wanted}", wanted):
+        return "no completion can give this answer (there is a line break or a mark in it)"
+    return Problem(asked, wanted, cell_text(row.get("type")))
 
 
-def read_problems(path: Path, numeric: bool) -> list[Problem]:
-    """The problems of a file that `prep` wrote. Errors name the line."""
-    problems = []
-    for number, row in read_rows(path):
-        problem = to_problem(row, "question", "answer", numeric)
-        if isinstance(problem, str):
-            raise UserError(f"{path} line {number}: {problem}.")
-        problems.append(problem)
-    if not problems:
-        raise UserError(f"{path} is empty.")
-    return problems
+def file_problems(
+    path: Path, question: str, answer: str, reward: str, decimal: str | None
+) -> tuple[list[Problem], list[dict], str]:
+    """(problems, rejected rows, decimal mark) of a CSV, JSONL or JSON file; decimal None: find it."""
+    rows = read_rows(path)
+    columns = {key for _, row in rows for key in row if key}
+    for column, name in ((question, "--question"), (answer, "--answer")):
+        if rows and column not in columns:
+            there = f"it has: {', '.join(sorted(columns))}"
+            raise UserError(f"{path} has no column {column!r} ({there}); name yours with {name}.")
+    if decimal is None:
+        answers = [row.get(answer) for _, row in rows]
+        decimal = decimal_mark(path, answers) if reward == "number" else ""
+    first, rejected = {}, []
+    for line, row in rows:
+        problem = to_problem(row, question, answer, reward, decimal)
+        if isinstance(problem, Problem):
+            before, before_line = first.setdefault(problem.question, (problem, line))
+            if before_line == line:
+                continue
+            a, b = (read_number(p.answer, decimal) or p.answer for p in (before, problem))
+            kind = "a repeat" if a == b else "a contradiction"
+            problem = f"{kind}: line {before_line} has the answer {before.answer!r}"
+        rejected.append({"line": line, "reason": problem, "row": row})
+    return [problem for problem, _ in first.values()], rejected, decimal
 
 
-def load_task(task: str, data_dir: Path, numeric: bool = True) -> tuple[list[Problem], list[Problem], list[dict]]:
-    """(train problems, test problems, worked examples) of a prepared task; `numeric`: all answers must be numbers."""
-    folder = data_dir / task
+def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
+    """A task that `prep` wrote; `numeric`: all answers must be numbers."""
+    folder = data_dir / name
     if not (folder / "train.jsonl").exists():
-        known = sorted(p.parent.name for p in data_dir.glob("*/train.jsonl") if p.parent.name != "demo")
-        if Path(task).stem in known:
-            raise UserError(f"There is no task {task!r}, but there is {Path(task).stem!r}: leave out the ending.")
+        known = sorted({path.parent.name for path in data_dir.glob("*/train.jsonl")} - {"demo"})
+        what = name if name in ("svamp", "multiply") else "YOUR_FILE.csv"
+        advice = f"(there are: {', '.join(known)}); make it with: python tokenrl.py prep {what}"
+        raise UserError(f"There is no task {name!r} in {data_dir} {advice}")
+    paths = folder / "task.json", folder / "examples.jsonl"
+    facts, examples = (read_rows(path) if path.exists() else [] for path in paths)
+    decimal = facts[0][1].get("decimal") if facts else ""
+    if decimal not in ("", ",", "."):
+        raise UserError(f"{paths[0]} line 1: the decimal mark {decimal!r} is neither , nor .")
+    for line, row in examples:
+        if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
+            raise UserError(f'{paths[1]} line {line} lacks a "question" or an "answer" as text.')
+    splits, reward = [], "number" if numeric else ""
+    for path in (folder / "train.jsonl", folder / "test.jsonl"):
+        problems, rejected, _ = file_problems(path, "question", "answer", reward, decimal)
+        if rejected:
+            raise UserError(f"{path} line {rejected[0]['line']}: {rejected[0]['reason']}.")
+        splits.append(problems)
+    if not splits[1]:
+        raise UserError(f"{path} is empty.")
+    return Task(*splits, [row for _, row in examples], decimal)
+
+
+def write_task(name, problems, examples, test_share, seed, data_dir, decimal="", rejected=()):
+    """Split at random and write the folder data_dir/name; returns the sizes of train and test.
+    Worked examples that are there already may be the user's own, and are kept."""
+    problems = random.Random(seed).sample(problems, len(problems))
+    cut = len(problems) - round(len(problems) * test_share)
+    if not problems or not (test_share == 1 or 0 < cut < len(problems)):
         raise UserError(
-            f"There is no task {task!r} in {data_dir}" + (f" (there are: {', '.join(known)})" if known else "")
-            + "; make it with: python tokenrl.py prep " + (task if task in ("svamp", "multiply") else "YOUR_FILE.csv"))
-    path = folder / "examples.jsonl"
-    examples = read_rows(path) if path.exists() else []
-    for number, row in examples:
-        if not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
-            raise UserError(f'{path} line {number} lacks a "question" or a worked "answer" as text.')
-    train_set, test_set = (read_problems(folder / f"{split}.jsonl", numeric) for split in ("train", "test"))
-    return train_set, test_set, [row for _, row in examples]
+            f"{len(problems)} usable problems are too few to split into train and test."
+        )
+    folder = data_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {} if (folder / "examples.jsonl").exists() else {"examples.jsonl": examples}
+    files |= {"rejected.jsonl": rejected, "task.json": [{"decimal": decimal}]}
+    files["test.jsonl"] = map(asdict, problems[cut:])
+    files["train.jsonl"] = map(asdict, problems[:cut])  # last: where it is, the task is whole
+    write_together(folder, {file: jsonl(rows) for file, rows in files.items()})
+    return cut, len(problems) - cut
 
 
 def svamp_problems(source: Path | None) -> list[Problem]:
-    """SVAMP (Patel et al. 2021) from `source`, or downloaded; the published file's checksum is checked either way."""
-    if source:
-        if not source.is_file():
-            raise UserError(f"There is no file {source}.")
-        raw = source.read_bytes()
-    else:
-        try:
-            with urllib.request.urlopen(SVAMP_URL, timeout=20) as answer:
-                raw = answer.read()
-        except OSError as error:
-            raise Unreachable(f"SVAMP could not be downloaded ({error}); fetch {SVAMP_URL} on another machine and run: "
-                              "python tokenrl.py prep svamp --source SVAMP.json") from None
+    """SVAMP (Patel et al. 2021) from a file or the network, with the published checksum."""
+    try:
+        raw = (
+            source.read_bytes() if source else urllib.request.urlopen(SVAMP_URL, timeout=20).read()
+        )
+    except (OSError, http.client.HTTPException) as error:
+        advice = f"fetch {SVAMP_URL} and run: python tokenrl.py prep svamp --source SVAMP.json"
+        raise Unreachable(f"SVAMP cannot be read ({error}); {advice}") from None
     if hashlib.sha256(raw).hexdigest() != SVAMP_SHA256:
-        raise UserError("This SVAMP.json is not the published file (its sha256 differs); fetch it again, or prepare "
-                        "your own version as CSV or JSONL with: python tokenrl.py prep FILE")
+        advice = "prepare a version of your own with: python tokenrl.py prep FILE"
+        raise UserError(f"This SVAMP.json is not as published (its sha256 differs); {advice}")
     problems = []
     for row in json.loads(raw):
         body = row["Body"].strip()
-        question = (body if body.endswith((".", "?", "!", ",")) else body + ".") + " " + row["Question"].strip()
-        problems.append(Problem(question, str(row["Answer"]).removesuffix(".0"),
-                                row["Type"].replace("Divison", "Division")))  # the file misspells one
+        stop = "" if body.endswith((".", "?", "!", ",")) else "."
+        answer = str(row["Answer"]).removesuffix(".0")
+        kind = row["Type"].replace("Divison", "Division")  # the file misspells one
+        problems.append(Problem(f"{body}{stop} {row['Question'].strip()}", answer, kind))
     return problems
 
 
 def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
-    """Products of random numbers with `digits` ("3", or "2x1") digits; no unordered pair comes twice."""
+    """Products of numbers with `digits` ("3", or "2x1") digits; no unordered pair comes twice."""
     match = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
     if not match:
-        raise UserError(f"--digits {digits!r} is not a number of digits from 1 to 9 such as 3, or a pair such as 2x1.")
+        raise UserError(f"--digits {digits!r} is not a number of digits such as 3, or two as 2x1.")
     sizes = int(match[1]), int(match[2] or match[1])
-    bounds = [(10 ** (size - 1) + (size == 1), 10 ** size - 1) for size in sizes]  # times 1 teaches nothing
-    rng, pairs = random.Random(seed), {}
-    for _ in range(20 * count):
-        a, b = (rng.randint(low, high) for low, high in bounds)
-        pairs.setdefault((min(a, b), max(a, b)), (a, b))
-        if len(pairs) == count:
-            break
-    return [Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}") for a, b in pairs.values()]
+    # Times 1 teaches nothing.
+    first, second = (range(10 ** (size - 1) + (size == 1), 10**size) for size in sizes)
+    alike = first == second
+    total = len(first) * (len(first) + 1) // 2 if alike else len(first) * len(second)
+    if count > total:
+        raise UserError(f"--count {count} is too many: with --digits {digits} there are {total:,}.")
+    rng, problems = random.Random(seed), []
+    for i in rng.sample(range(total), count):
+        row = (math.isqrt(8 * i + 1) - 1) // 2 if alike else i // len(second)
+        start = row * (row + 1) // 2 if alike else row * len(second)
+        pair = first[row], second[i - start]
+        a, b = rng.sample(pair, 2) if alike else pair
+        problems.append(Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}"))
+    return problems
 
 
-def file_problems(path: Path, question: str, answer: str, numeric: bool) -> tuple[list[Problem], dict[str, list[int]]]:
-    """Problems of a CSV or JSONL file, and {why rows were rejected: their lines}."""
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"{path} is neither svamp nor multiply nor a .csv or .jsonl file.")
-    rows = read_rows(path)
-    if not rows:
-        raise UserError(f"{path} is empty.")
-    columns = {key for _, row in rows for key in row if key}
-    for name, option in ((question, "--question"), (answer, "--answer")):
-        if name not in columns:
-            raise UserError(f"{path} has no column {name!r} (it has: {', '.join(sorted(columns)) or 'none'}); "
-                            f"name yours with {option}.")
-    problems, rejected = {}, defaultdict(list)
-    for line, row in rows:
-        problem = to_problem(row, question, answer, numeric)
-        if isinstance(problem, str):
-            rejected[problem].append(line)
-        elif problem.question in problems:
-            rejected["the question came before"].append(line)
-        else:
-            problems[problem.question] = problem
-    return list(problems.values()), rejected
+def decimal_mark(path: Path, answers: list) -> str:
+    """The mark before the decimals of a sheet's answers, "" where it makes no difference. An answer
+    that can be read in one way only, as 3,5 or 1,234.50, tells how to read 1,200."""
+    found: dict[str, list[str]] = {",": [], ".": [], "either": []}
+    for text in [reference(answer) for answer in answers if not isinstance(answer, float)]:
+        comma, point = read_number(text, ","), read_number(text, ".")
+        if comma != point:
+            found["." if comma is None else "," if point is None else "either"].append(text)
+    commas, points, either = found.values()
+    if commas and points or either and not commas and not points:
+        shown = " and ".join(repr(text[:40]) for text in (commas[:1] + points[:1] or either[:2]))
+        advice = "say which mark the decimals have with --decimal , or --decimal ."
+        raise UserError(f"Numbers in {path} can be read in two ways ({shown}); {advice}")
+    has_floats = any(isinstance(answer, float) for answer in answers)
+    return "," if commas else "." if points or has_floats else ""
 
 
-def write_task(name: str, problems: list[Problem], examples: list[dict], test_share: float, seed: int,
-               data_dir: Path) -> tuple[int, int]:
-    """Split at random and write data_dir/name/{train,test,examples}.jsonl; returns the two sizes. Worked examples that
-    are there already may be the user's own, and are kept."""
-    problems = random.Random(seed).sample(problems, len(problems))
-    cut = len(problems) - round(len(problems) * test_share)
-    if not 0 < cut < len(problems):
-        raise UserError(f"{len(problems)} usable problems are too few to split into train and test.")
-    folder = data_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "examples.jsonl").exists():
-        write_jsonl(folder / "examples.jsonl", examples)
-    write_jsonl(folder / "test.jsonl", map(asdict, problems[cut:]))
-    write_jsonl(folder / "train.jsonl", map(asdict, problems[:cut]))  # last: where it is, the task is whole
-    return cut, len(problems) - cut
+@app.command()
+def prep(
+    what: Annotated[str, typer.Argument(help="svamp, multiply, or a .csv, .jsonl or .json file.")],
+    source: Annotated[Path | None, typer.Option(help="svamp: SVAMP.json on this machine.")] = None,
+    digits: Annotated[str, typer.Option(help="multiply: of both (3), or of each (2x1).")] = "2",
+    count: Annotated[int, typer.Option(help="multiply: how many problems.", min=2)] = 1000,
+    question: Annotated[str, typer.Option(help="FILE: column of the question.")] = "question",
+    answer: Annotated[str, typer.Option(help="FILE: column of the answer.")] = "answer",
+    decimal: Annotated[Literal[",", "."] | None, typer.Option(help="Mark before decimals.")] = None,
+    reward: Annotated[
+        str, typer.Option(help="As in train; it decides what is an answer.")
+    ] = "number",
+    name: Annotated[str, typer.Option(help="Name of the task.", show_default="the file's")] = "",
+    test_share: Annotated[float, typer.Option(help="Held out for the test; 1: all.")] = 0.3,
+    seed: Annotated[int, typer.Option(help="Of the split and of multiply's problems.")] = 0,
+    data_dir: Annotated[Path, typer.Option(help="Where tasks live.", show_default="data/")] = DATA,
+):
+    """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
+    reward_function(reward)  # a wrong one would be found only in training
+    name = name or Path(what).stem
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in {"demo", "svamp", "multiply"} - {
+        what
+    }:
+        raise UserError(f"{name!r} cannot be a task's name (letters, digits, - and _); use --name.")
+    if not 0 < test_share <= 1:
+        raise UserError(f"--test-share {test_share} is not above 0 and at most 1.")
+    rejected, examples = [], STORY_EXAMPLES
+    if what == "svamp":
+        problems = svamp_problems(source)
+    elif what == "multiply":
+        problems, examples = multiply_problems(digits, count, seed), MULTIPLY_EXAMPLES
+    elif Path(what).suffix.lower() in (".csv", ".json", ".jsonl"):
+        found = file_problems(Path(what), question, answer, reward, decimal)
+        problems, rejected, decimal = found
+    else:
+        raise UserError(f"{what} is neither svamp nor multiply nor a .csv, .json or .jsonl file.")
+    for record in rejected[:10]:
+        value = repr(record["row"].get(answer) or record["row"].get(question))[:60]
+        console.print(
+            f"rejected line {record['line']}, {value}: {record['reason']}", soft_wrap=True
+        )
+    facts = decimal or "", rejected
+    train, test = write_task(name, problems, examples, test_share, seed, data_dir, *facts)
+    console.print(f"{name}: {train:,} to train, {test:,} to test, {len(rejected):,} rejected")
+    if rejected:
+        console.print(f"rejected rows: {data_dir / name / 'rejected.jsonl'}", soft_wrap=True)
+    options = [] if reward == "number" else ["--reward", reward]
+    options += [] if data_dir == DATA else ["--data-dir", data_dir.as_posix()]
+    command = ["python", "tokenrl.py", "train" if train else "eval", name, *options]
+    console.print("Next:", shlex.join(command), soft_wrap=True)
 
 
-def write_jsonl(path: Path, rows) -> None:
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def fetch_model(name: str) -> str:
+    """The folder of a model: `name` itself, or its copy in the hub's cache, downloaded first."""
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import model_info, snapshot_download, utils
+
+    utils.logging.set_verbosity_error()  # each of its retries is a warning
+    if not console.is_terminal:
+        utils.disable_progress_bars()
+    files = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
+    fetch = partial(snapshot_download, name, allow_patterns=files, ignore_patterns="*/*")
+    try:
+        with ThreadPool(1) as pool:  # the client's own time limit begins anew for each address
+            found = pool.apply_async(model_info, [name]).get(5)  # seconds
+        if not any(fnmatch(file.rfilename, files[-1]) for file in found.siblings):
+            files[-1] = "pytorch_model*.bin"
+        return fetch()
+    except (utils.RepositoryNotFoundError, utils.HFValidationError):
+        raise UserError(
+            f"{name} is no folder and not on the hub; check the spelling (private: hf auth login)."
+        ) from None
+    except Exception as error:  # of many kinds, which differ between the client's versions
+        with contextlib.suppress(FileNotFoundError):
+            folder = fetch(local_files_only=True)
+            if any(file.suffix in (".safetensors", ".bin") for file in Path(folder).iterdir()):
+                return folder
+        raise Unreachable(
+            f"The model {name} is no folder here and cannot be had from the hub now ("
+            f"{first_line(error) if str(error) else 'no answer'}); try again, or give a folder."
+        ) from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may prepare the same task
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+# ---- 3. Policy: model, tokenizer, LoRA, prompts, memory meter -----------------------------------
 
-
-# ---- 2. Policy: model, tokenizer, LoRA, prompts, memory meter -------------------------------------------------
 
 @dataclass
 class Policy:
     """What it takes to ask and to train: the model with its tokenizer, and the form of the prompt."""
+
     model: object
     tokenizer: object
     prompt: str  # "chat", "plain", or a text with {question} in it
     examples: list[dict] = field(default_factory=list)
-    score: Callable[[str, str], float] = number_reward  # (text, reference answer) -> reward in [0, 1]
-    metric: Callable[[str, str], float] | None = None  # a KPI beside the reward, for evaluation only
+    score: Callable[[str, str], float] = number_reward  # (text, reference) -> reward in [0, 1]
+    metric: Callable[[str, str], float] | None = None  # a KPI beside the reward, in evaluation only
+    stop: str = ""
+    ends: set[int] | None = None  # tokens that end a completion; None: all that the model knows
 
-    @property
-    def stop(self) -> str:
-        return "\nQuestion:" if self.prompt == "plain" else ""  # a base model goes on to invent the next question
+    def __post_init__(self):
+        if self.prompt == "plain" and not self.stop:
+            self.stop = "\nQuestion:"  # a base model goes on to invent the next question
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Worked examples cost little: the prompt is computed once for the whole group."""
+        """Worked examples cost little: what all prompts share is computed once."""
         if self.prompt == "chat":
-            turns = [{"role": role, "content": row[key]} for row in self.examples
-                     for role, key in (("user", "question"), ("assistant", "answer"))]
+            turns = []
+            for row in self.examples:
+                turns.append({"role": "user", "content": row["question"]})
+                turns.append({"role": "assistant", "content": row["answer"]})
             turns.append({"role": "user", "content": question})
             return chat_ids(self.tokenizer, turns, add_generation_prompt=True)
         if self.prompt == "plain":
-            shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in self.examples)
-            text = f"{shots}Question: {question}\nAnswer:"
+            shots = [f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in self.examples]
+            text = "".join(shots) + f"Question: {question}\nAnswer:"
         else:
             text = self.prompt.replace("{question}", question)
+        # A template may hold special tokens itself, and some tokenizers append their end token,
+        # after which there is nothing to be said.
+        begin = getattr(self.tokenizer, "bos_token", None)
+        if begin and text.startswith(begin):
+            return self.tokenizer.encode(text, add_special_tokens=False)
         ids, end = self.tokenizer.encode(text), self.tokenizer.eos_token
-        # Some tokenizers append their end token, after which there is nothing to be said.
-        return ids[:-1] if end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end) else ids
+        appended = end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end)
+        return ids[:-1] if appended else ids
 
     def text(self, completion: list[int]) -> str:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -434,105 +779,105 @@ class Policy:
 
     def finished(self, completion: list[int]) -> bool:
         """Whether the completion ended by itself; else it was cut off at max_new_tokens."""
-        return (completion[-1] in end_tokens(self.model, self.tokenizer)
-                or bool(self.stop) and self.stop in self.tokenizer.decode(completion))
+        if completion[-1] in end_tokens(self.model, self.tokenizer):
+            return True
+        return bool(self.stop) and self.stop in self.tokenizer.decode(completion)
 
     def reward(self, problem: Problem, completion: list[int]) -> float:
-        """The score, but nothing for a completion that was cut off: or nothing would teach the model to stop, and
-        completions drift to the limit."""
-        return self.score(self.text(completion), problem.answer) if self.finished(completion) else 0.0
+        """The score, but nothing for a completion that was cut off: or nothing would teach the
+        model to stop, and completions drift to the limit."""
+        if not self.finished(completion):
+            return 0.0
+        return self.score(self.text(completion), problem.answer)
+
+
+def is_right(reward: float) -> bool:
+    return reward > 1 - 1e-6  # 0.7 + 0.2 + 0.1 is less than 1
 
 
 def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
-    """The conversation as the tokenizer's chat template writes it, without the long thoughts of models that have a
-    switch for them: here thinking has to fit into max_new_tokens."""
+    """The conversation as the tokenizer's chat template writes it, without the long thoughts of
+    models that have a switch for them: here thinking has to fit into max_new_tokens."""
     try:
-        return tokenizer.apply_chat_template(turns, return_dict=False, enable_thinking=False, **options)
-    except _Lazy("jinja2").TemplateError as error:
-        raise UserError(f"This model's chat template refuses the prompt ({first_line(error)}); try --prompt "
-                        "plain.") from None
+        return tokenizer.apply_chat_template(
+            turns, return_dict=False, enable_thinking=False, **options
+        )
+    except Exception as error:  # a template is a program
+        raise UserError(
+            f"This model's chat template refuses the prompt ({first_line(error)}); try --prompt plain."
+        ) from None
 
 
 def pick_device(device: str) -> str:
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError):
-            raise UserError(f"--device {device!r} is not there; use auto, cpu, cuda or mps.") from None
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device to compute on; under torchrun or accelerate launch, that of this process."""
+    state = accelerate.PartialState(cpu=device == "cpu")
+    if device == "auto" or state.num_processes > 1:
+        return str(state.device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device!r} is not there; use auto, cpu, cuda or mps.") from None
+    return device
 
 
-def pick_dtype(dtype: str, device: str, stored) -> object:
-    """The dtype to compute in; `stored` is the checkpoint's own. Auto: float32 for a checkpoint in float32, for others
-    bfloat16 where the hardware multiplies it."""
+def pick_dtype(dtype: str, device: str, stored):
+    """The dtype to compute in; `stored` is the checkpoint's own. auto: float32 for a checkpoint in
+    float32; for others bfloat16 where the hardware multiplies it, float16 on other CUDA cards."""
     if dtype != "auto":
-        if dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype {dtype!r} is not one of auto, float32, bfloat16.")
         return getattr(torch, dtype)
     if stored == torch.float32:
         return torch.float32
     if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device == "cpu" and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
-    return torch.bfloat16 if fast else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def is_bundled(model: str) -> bool:
     return model == "demo" or Path(model).resolve() == DATA / "demo"
 
 
-def source_of(name: str) -> tuple[str, dict]:
-    """(what to give to from_pretrained, its options) for a model's name."""
-    if is_bundled(name):
-        return str(DATA / "demo"), {}
-    if Path(name).suffix != ".gguf":
-        return name, {}
-    if not importlib.util.find_spec("gguf"):
-        raise UserError("Reading a .gguf file needs one more package: pip install gguf")
-    return str(Path(name).parent), {"gguf_file": Path(name).name}
-
-
-def stored_dtype(name: str):
-    """The dtype that a checkpoint is stored in; that of quantised weights once they are unpacked is bfloat16."""
-    name, options = source_of(name)
-    if options:
-        return torch.bfloat16
-    return getattr(transformers.AutoConfig.from_pretrained(name), "dtype", None) or torch.float32
+def stored_dtype(folder: str):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
-    """(model, tokenizer) of a hub id, a local folder, a .gguf file (needs the `gguf` package), or "demo"."""
-    source, options = source_of(name)
-    local = Path(source).exists()
-    if not console.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of .gguf files; the next lines cannot reach them
+    """(model, tokenizer) of a hub id, a local folder, or "demo"."""
+    folder = str(DATA / "demo") if is_bundled(name) else fetch_model(name)
+    device = pick_device(device)
     transformers.utils.logging.set_verbosity_error()
-    if local or not console.is_terminal:  # a download is long
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        device = pick_device(device)
-        kind = pick_dtype(dtype, device, stored_dtype(name))
-        if options:  # LoRA needs plain weights
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True,
-                                                                         **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        kind = pick_dtype(dtype, device, stored_dtype(folder))
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, output_loading_info=True
+        )
     except Exception as error:  # broken files end in errors of many kinds
         if isinstance(error, UserError) or out_of_memory(error):
             raise
-        if not local and (isinstance(error, OSError) or type(error).__module__.startswith("httpx")):
-            raise Unreachable(f"The model {name!r} is neither a local folder nor could it be had from the hub; check "
-                              "the spelling and the network, or give the path of a downloaded folder. The hub's client "
-                              f"says: {first_line(error)}") from None
-        raise UserError(f"{name} does not hold a model that can be loaded: {first_line(error)}") from None
+        raise UserError(
+            f"{name} does not hold a model that can be loaded: {first_line(error)}"
+        ) from None
     if found["missing_keys"]:  # transformers fills them with random numbers
         raise UserError(f"{name} lacks weights of its model, such as {min(found['missing_keys'])}.")
     if not tokenizer.encode("1"):
         raise UserError(f"{name} lacks its tokenizer (tokenizer.json).")
+    check_finite(model.named_parameters(), name)
+    if not is_bundled(name):
+        model.name_or_path = name  # what adapters are said to be made for
     model.eval()  # no dropout: the log-probs that are trained must be those that were sampled from
     return model.to(device), tokenizer
+
+
+def check_finite(weights, name) -> None:
+    for key, weight in weights:
+        if not torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).isfinite():
+            raise UserError(
+                f"{name} holds numbers that are not finite (NaN or infinity), in {key}."
+            )
 
 
 def base_of(model):
@@ -540,60 +885,107 @@ def base_of(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, checkpointing: bool = False):
-    """LoRA on `targets` of the last `layer_share` of the layers; the layers below store no activations. With
-    `checkpointing` those above keep only their inputs and compute the rest again in the backward pass: less memory for
-    more time, with the same gradient."""
-    layers = base_of(model).config.get_text_config().num_hidden_layers
-    first = layers - max(1, round(layers * layer_share))
-    wanted, modules = [target.strip() for target in targets.split(",")], [name for name, _ in model.named_modules()]
+def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, checkpointing=False):
+    """LoRA on `targets` (all-linear: every matrix) of the last `layer_share` of the layers; those
+    below store no activations. With `checkpointing` those above keep only their inputs and compute
+    the rest again in the backward pass: less memory for more time, with the same gradient."""
+    base = base_of(model)
+    stack = getattr(base.get_decoder(), "layers", None)
+    if stack is None:
+        raise UserError(f"The layers of a {base.config.model_type} model are not known here.")
+    first = len(stack) - max(1, round(len(stack) * layer_share))
+    linear, known = set(), set()
+    for name, module in stack.named_modules():
+        known.add(leaf := name.rpartition(".")[2])
+        if isinstance(module, torch.nn.Linear):
+            linear.add(leaf)
+    wanted = sorted(linear) if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     for target in wanted:  # peft complains only when it finds none of them
-        if not any(name.endswith("." + target) for name in modules):
-            raise UserError(f"--lora-targets: this model has no module {target!r}.")
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted, task_type="CAUSAL_LM",
-                             layers_to_transform=list(range(first, layers)))
+        if target not in known:
+            raise UserError(
+                f"--lora-targets: the layers of this model have no module {target!r}, and only what "
+                f"lies in its layers can get LoRA: all-linear, or some of {', '.join(sorted(linear))}."
+            )
+    layers = list(range(first, len(stack)))
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=wanted,
+        task_type="CAUSAL_LM",
+        layers_to_transform=layers,
+    )
     try:
         model = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
     if checkpointing:
-        stack = getattr(base_of(model).get_decoder(), "layers", None)
-        if stack is None:
-            raise UserError(f"--checkpointing does not know the layers of a {base_of(model).config.model_type} model; "
-                            "leave it out.")
         for layer in stack[first:]:
-            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = again
     return model
 
 
-def load_adapter(model, folder: Path, name: str, given: str):
-    """The model, which the user named `given`, with one more adapter from a run's folder, if it was made for it."""
+def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
+    """The model, which the user named `given`, with one more adapter from a run's folder, if it was
+    made for it."""
     made_for, device = adapter_settings(folder)["model"], str(base_of(model).device)
     if Path(made_for).name != Path(given).name:
-        raise UserError(f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model.")
+        raise UserError(
+            f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model."
+        )
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():  # peft would ask the hub for it
+        raise UserError(f"There is no {path}: {folder} holds no adapter in safetensors' format.")
+    options = {"adapter_name": name, "torch_device": device, "is_trainable": trainable}
     try:
         if isinstance(model, peft.PeftModel):
-            model.load_adapter(str(folder), adapter_name=name, torch_device=device)
-            return model
-        return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device=device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, _Lazy("safetensors").SafetensorError) as error:
-        raise UserError(f"The adapter in {folder} does not fit {given}: {first_line(error)}") from None
+            model.load_adapter(str(folder), **options)
+        else:
+            model = peft.PeftModel.from_pretrained(model, str(folder), **options)
+        found = safetensors.torch.load_file(path)
+        wanted = peft.get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
+        if found.keys() != wanted.keys():
+            raise ValueError(f"{min(found.keys() ^ wanted.keys())} is on one side only")
+    except Exception as error:  # other people's files
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"The adapter in {folder} does not fit {given}: {first_line(error)}"
+        ) from None
+    check_finite(found.items(), path)
+    return model
+
+
+def save_checkpoint(thing, folder: Path, **options) -> None:
+    """save_pretrained, with the files' usual permissions: safetensors keeps its own to the owner."""
+    thing.save_pretrained(str(folder), **options)
+    os.umask(mask := os.umask(0))
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def end_tokens(model, tokenizer=None) -> set[int]:
-    """Every end token that the generation config, the config or the tokenizer knows: they do not always agree."""
+    """Every end token that the generation config, the config or the tokenizer knows."""
     base, found = base_of(model), set()
-    for knows in (getattr(base, "generation_config", None), base.config.get_text_config(), tokenizer):
+    for knows in (
+        getattr(base, "generation_config", None),
+        base.config.get_text_config(),
+        tokenizer,
+    ):
         value = getattr(knows, "eos_token_id", None)
-        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        if value is not None:
+            found.update(value if isinstance(value, (list, tuple)) else [value])
     return found
 
 
 def choose_prompt(option: str, model, tokenizer) -> str:
-    """"chat", "plain", or the text of a template. Auto: the model folder's own prompt.txt if there is one, else chat
-    for chat models. Base checkpoints ship chat templates too, so a chat model is one that also stops, by its own
-    configuration, at the token with which its template ends a turn."""
-    own = Path(base_of(model).name_or_path) / "prompt.txt"
+    """ "chat", "plain", or the text of a template. auto: the model folder's own prompt.txt if there
+    is one, else chat for chat models. Base checkpoints ship chat templates too, so a chat model is
+    one that also stops, by its own configuration, at the token with which its template ends a turn.
+    """
+    own = Path(tokenizer.name_or_path) / "prompt.txt"
     if option == "auto" and own.is_file() and (own.parent / "config.json").is_file():
         option = str(own)
     if option == "auto":
@@ -602,7 +994,9 @@ def choose_prompt(option: str, model, tokenizer) -> str:
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
         return "chat" if end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:]) else "plain"
     if option == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise UserError("This model's tokenizer has no chat template; use --prompt plain, or a template file.")
+        raise UserError(
+            "This model's tokenizer has no chat template; use --prompt plain, or a file."
+        )
     if option in ("chat", "plain"):
         return option
     template = read_text(Path(option))
@@ -611,225 +1005,306 @@ def choose_prompt(option: str, model, tokenizer) -> str:
     return template
 
 
-def peak_memory(device: str, reset: bool = False) -> int:
-    """Peak memory in bytes since the last reset: VRAM on CUDA; on the CPU the whole process (a reset needs Linux);
-    on MPS what the driver holds now. 0 where it cannot be read."""
-    if device.startswith("cuda"):
+def peak_memory(device, reset: bool = False) -> int:
+    """Peak memory in bytes since the last reset: what torch reserved of a CUDA card; on the CPU the
+    whole process (a reset needs Linux); on MPS what the driver holds now. 0 where it cannot be read.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
         if reset:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    if device.startswith("mps"):
+        return torch.cuda.max_memory_reserved(device)
+    if kind == "mps":
         return torch.mps.driver_allocated_memory()
     if reset:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
     with contextlib.suppress(OSError, TypeError):  # some containers do not tell
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    with contextlib.suppress(ImportError):  # Windows has no such module; macOS counts bytes, others KiB
-        return importlib.import_module("resource").getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+    with contextlib.suppress(ImportError):  # Windows has no such module; macOS counts bytes
+        usage = importlib.import_module("resource").getrusage(0).ru_maxrss
+        return usage * (1 if sys.platform == "darwin" else 1024)
     return 0
 
 
-# ---- 3. Rollout: sampling groups ------------------------------------------------------------------------------
+def release_memory() -> None:
+    """Give freed memory back to the system, which glibc's malloc would keep; elsewhere nothing."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
-# Rows of [vocabulary] logits at a time. With 152k tokens, 48 rows stay below the 32 MiB above which malloc asks the
-# system each time: sampling, which needs the same memory at every token, is faster so.
+
+# ---- 4. Rollout: sampling groups of completions -------------------------------------------------
+
+# Rows of [vocabulary] logits at a time. With 152k tokens, 48 rows stay below the 32 MiB above which
+# malloc asks the system for memory at every token.
 SAMPLED_ROWS = 48
-
-
-def logits_of(model, hidden):
-    """float32 logits [n, vocabulary] of final hidden states [n, width]."""
-    base = base_of(model)
-    logits = base.get_output_embeddings()(hidden).float()
-    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def sample(model, tokenizer, prompts: list[list[int]], group_size: int = 1, *, max_new_tokens: int | list[int] = 200,
-           temperature: float = 1.0, stop: str = "", rows: int = 64, seed: int = 0,
-           ends: set[int] | None = None) -> list[list[list[int]]]:
-    """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
-
-    A completion is drawn from softmax(logits / temperature) and nothing else (temperature 0: the most likely token).
-    It ends with, and keeps, the first token in `ends` (default: all that the model or tokenizer knows), or the token
-    that completes the text `stop`, or at `max_new_tokens` (a list has one limit for each prompt). At most `rows`
-    completions are decoded at a time.
-    """
-    ends = end_tokens(model, tokenizer) if ends is None else ends
-    generator = torch.Generator(base_of(model).device).manual_seed(seed)
-    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths need little padding
-    result: list[list[list[int]]] = [[] for _ in prompts]
-    width = max(1, rows // group_size)
-    with torch.inference_mode():
-        for start in range(0, len(order), width):
-            chunk = order[start:start + width]
-            for done in range(0, group_size, rows):
-                groups = _sample_batch(model, tokenizer, [prompts[i] for i in chunk], min(rows, group_size - done),
-                                       [limits[i] for i in chunk], temperature, stop, ends, generator)
-                for i, group in zip(chunk, groups):
-                    result[i] += group
-    return result
-
-
-def _prefill(base, prompts: list[list[int]]):
-    """Compute the prompts as one batch, padded on the left: (cache, final hidden state [B, width] of each prompt, which
-    places of the cache hold tokens [B, P], number of tokens [B, 1]).
-
-    What all prompts begin with (the worked examples) is computed once and repeated."""
-    decoder, device = base.get_decoder(), base.device
-    cache = transformers.DynamicCache(config=base.config)
-    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
-    if shared:
-        decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(prompts))
-    rests, longest = [p[len(shared):] for p in prompts], max(map(len, prompts)) - len(shared)
-    ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=device)
-    visible = torch.tensor([[1] * len(shared) + [0] * (longest - len(rest)) + [1] * len(rest) for rest in rests],
-                           device=device)
-    positions = (visible.cumsum(1) - 1).clamp(min=0)[:, len(shared):]
-    hidden = decoder(input_ids=ids, attention_mask=visible, position_ids=positions, past_key_values=cache,
-                     use_cache=True).last_hidden_state
-    return cache, hidden[:, -1].contiguous(), visible, positions[:, -1:] + 1
-
-
-def own_layers(cache) -> list:
-    """The cache's layers, but for those that read the keys and values of an earlier one (Gemma 3n)."""
-    return [layer for layer in cache.layers if layer.keys is not None]
-
-
-def _make_room(cache, group_size: int, max_new_tokens: int) -> None:
-    """Repeat each prompt's keys and values for its group, in memory with room for the new tokens: a cache that grows by
-    torch.cat copies all of it at every token."""
-    for layer in own_layers(cache):
-        layer.stores = []
-        for old in (layer.keys, layer.values):  # [B, heads, P, head width]
-            rows, heads, seen, width = old.shape
-            store = old.new_empty(rows * group_size, heads, seen + max_new_tokens, width)
-            store[:, :, :seen].unflatten(0, (rows, group_size)).copy_(old[:, None])
-            layer.stores.append(store)
-        layer.keys, layer.values = (store[:, :, :seen] for store in layer.stores)
-        layer.update = partial(_append, weakref.proxy(layer))  # a reference would be a cycle, which keeps the memory
-
-
-def _append(layer, keys, values, *_, **__):
-    """Stands in for the layer's update(): store the keys and values of one more token, and return all."""
-    rows, seen = len(keys), layer.keys.shape[2]
-    for store, new in zip(layer.stores, (keys, values)):
-        store[:rows, :, seen:seen + 1] = new
-    layer.keys, layer.values = (store[:rows, :, :seen + 1] for store in layer.stores)
-    return layer.keys, layer.values
-
-
-def _drop_rows(cache, keep: list[int]) -> list[int]:
-    """Leave only the rows `keep`: the last of them move into the gaps. Returns the old number of each new row."""
-    kept, late = set(keep), [row for row in reversed(keep) if row >= len(keep)]
-    gaps = [row for row in range(len(keep)) if row not in kept]  # as many as there are late rows
-    for layer in own_layers(cache) if gaps else ():
-        seen = layer.keys.shape[2]
-        for store in layer.stores:
-            store[gaps, :, :seen] = store[late, :, :seen]
-    moved = dict(zip(gaps, late))
-    return [moved.get(row, row) for row in range(len(keep))]
-
-
-def _sample_batch(model, tokenizer, prompts, group_size, limits, temperature, stop, ends, generator):
-    base, room = base_of(model), max(limits)
-    check_length(base.config, max(len(prompt) + limit for prompt, limit in zip(prompts, limits)))
-    cache, hidden, visible, position = _prefill(base, prompts)
-    # Each prompt was computed once; for its group, keys and values, hidden state, mask and position are repeated.
-    _make_room(cache, group_size, room)
-    mask = torch.zeros(len(prompts), 1, 1, visible.shape[1] + room, dtype=hidden.dtype, device=base.device)
-    mask[..., :visible.shape[1]].masked_fill_(visible[:, None, None] == 0, torch.finfo(mask.dtype).min)
-    hidden, mask, position = (x.repeat_interleave(group_size, 0) for x in (hidden, mask, position))
-    completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
-    live, seen = list(range(len(completions))), visible.shape[1]
-    tail = len(stop.encode()) + 1  # as many tokens hold the whole of it: none is shorter than a byte
-    while True:
-        parts = hidden.split(SAMPLED_ROWS)
-        tokens = torch.cat([draw(logits_of(model, part), temperature, generator) for part in parts])
-        keep = []
-        for row, token in enumerate(tokens.tolist()):
-            completion = completions[live[row]]
-            completion.append(token)
-            ended = token in ends or len(completion) >= limits[live[row] // group_size]
-            if not ended and not (stop and stop in tokenizer.decode(completion[-tail:])):
-                keep.append(row)
-        if not keep:
-            return [completions[i:i + group_size] for i in range(0, len(completions), group_size)]
-        if len(keep) < len(live):  # finished rows would cost as much as the others
-            order = _drop_rows(cache, keep)
-            live = [live[row] for row in order]
-            tokens, mask, position = tokens[order], mask[order], position[order]
-        seen += 1
-        hidden = base.get_decoder()(input_ids=tokens[:, None], attention_mask=mask[..., :seen], position_ids=position,
-                                    past_key_values=cache, use_cache=True).last_hidden_state
-        hidden, position = hidden[:, -1].contiguous(), position + 1
-
-
-def draw(logits, temperature: float, generator):
-    """One token per row of logits [rows, V], which are overwritten, from softmax(logits / temperature), by inverting
-    the cumulative distribution: torch.multinomial draws V numbers a row, on a CPU more slowly than the model runs."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = logits.div_(temperature).softmax(-1).cumsum_(-1)
-    uniform = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)  # in (0, 1]
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])[:, 0]
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32; see draw
 
 
 @dataclass
 class Rollout:
-    """One group: a problem's prompt (with the prefix that a replay starts from), its completions, their rewards."""
+    """One group: a problem, its prompt (with the prefix that a replay starts from), the completions,
+    their rewards and, for each token, the entropy (nats) of the distribution that it was drawn from
+    and its log-prob there."""
+
     problem: Problem
     prompt: list[int]
     completions: list[list[int]]
     rewards: list[float]
+    entropies: list[list[float]] | None = None
+    logprobs: list[list[float]] | None = None
 
     @property
     def has_signal(self) -> bool:
         return len(set(self.rewards)) > 1
 
 
-def roll_out(policy: Policy, problems: list[Problem], prefixes: list[list[int]], settings, seed: int) -> list[Rollout]:
-    """Sample and score one group per problem, each after its prefix (empty but for replays), which counts towards
-    max_new_tokens: a replay is the end of a completion, and must not have more room than one."""
-    prompts = [policy.prompt_ids(problem.question) + prefix for problem, prefix in zip(problems, prefixes)]
-    groups = sample(policy.model, policy.tokenizer, prompts, settings.group_size, stop=policy.stop, seed=seed,
-                    max_new_tokens=[settings.max_new_tokens - len(prefix) for prefix in prefixes],
-                    temperature=settings.temperature, rows=settings.batch_rows)
-    return [Rollout(problem, prompt, group, [policy.reward(problem, prefix + completion) for completion in group])
-            for problem, prefix, prompt, group in zip(problems, prefixes, prompts, groups)]
+def logits_of(model, hidden):
+    """float32 logits [n, vocabulary] of final hidden states [n, width]."""
+    base = base_of(model)
+    config = base.config.get_text_config()
+    logits = base.get_output_embeddings()(hidden).float()
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    if scale != 1:  # Cohere has the one, Granite the other
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def replay_points(policy: Policy, rollouts: list[Rollout], turns: range, max_new_tokens: int, rng: random.Random):
-    """(problems, prefixes) of the replays number `turns`: random positions inside successful (even numbers) and failed
-    completions, so that later positions branch too. Groups that never succeed have nothing to tell apart."""
-    pools = [[(r.problem, c) for r in rollouts if max(r.rewards) > 0 for c, reward in zip(r.completions, r.rewards)
-              if (reward == max(r.rewards)) == success and 2 < len(c) < max_new_tokens] for success in (True, False)]
-    pools = [pool for pool in pools if pool]
-    points = [rng.choice(pools[i % len(pools)]) for i in turns if pools]
-    prefixes = [c[:rng.randrange(1, len(c) - 1)] for _, c in points]
-    for prefix, (_, whole) in zip(prefixes, points):
-        while len(policy.text(prefix)) > len(policy.text(whole)):  # it would end within the stop text
+def draw(logits, temperature: float, generator):
+    """One token a row of `logits` [rows, V] (overwritten), drawn from softmax(logits / temperature),
+    the entropy in nats of that distribution, and the token's log-prob in it: three tensors [rows].
+    Temperature 0: the most likely token, with the numbers of temperature 1. Token -1 where the
+    logits are not finite.
+
+    On a CPU by inverting the cumulative distribution, first over blocks of the vocabulary and then
+    within one: torch.multinomial draws V numbers a row, more slowly than the model runs. Sums over
+    blocks are in float64, or rounding would shift the distribution.
+    """
+    logps = logits.div_(temperature or 1.0).log_softmax(-1).clamp_(min=-1e4)  # 0 * -inf is NaN
+    probs = logps.exp()
+    entropies = -torch.bmm(probs[:, None], logps[:, :, None]).flatten()
+    if temperature == 0:
+        tokens = logps.argmax(-1, keepdim=True)
+    elif logits.device.type == "cpu":
+        blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(
+            1, (-1, BLOCK)
+        )
+        ends = blocks.sum(-1).double().cumsum(-1)  # [rows, V / BLOCK]
+        chance = 1 - torch.rand(
+            len(logits), 1, generator=generator, dtype=torch.float64
+        )  # in (0, 1]
+        at = chance * ends[:, -1:]
+        block = torch.searchsorted(ends, at).clamp_(max=ends.shape[1] - 1)
+        start = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
+        within = blocks[torch.arange(len(blocks)), block[:, 0]].double().cumsum(-1)  # [rows, BLOCK]
+        share = (at - start) / (ends.gather(1, block) - start)
+        inner = torch.searchsorted(within, share * within[:, -1:]).clamp_(max=BLOCK - 1)
+        tokens = block * BLOCK + inner
+    else:  # an exponential race, as a parallel sum need not be monotone
+        noise = torch.empty_like(probs).exponential_(generator=generator)
+        tokens = (probs / noise).argmax(-1, keepdim=True)
+    chosen = logps.gather(1, tokens.clamp_(max=logps.shape[1] - 1))[:, 0]
+    return torch.where(entropies.isfinite(), tokens[:, 0], -1), entropies, chosen
+
+
+def sample(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    group_size: int = 1,
+    *,
+    prefixes: list[list[int]] | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    stop: str = "",
+    rows: int = 64,
+    seed: int = 0,
+    ends: set[int] | None = None,
+    with_stats: bool = False,
+):
+    """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
+
+    A completion is drawn from softmax(logits / temperature) and nothing else (temperature 0: the
+    most likely token). It ends with, and keeps, the first token in `ends` (default: all that the
+    model or tokenizer knows), or the token that completes the text `stop`, or at `max_new_tokens`.
+    A prompt's entry in `prefixes` is taken as the beginning of its completions: it counts for
+    `stop` and `max_new_tokens`, and is not returned. At most `rows` completions at a time.
+    `with_stats`: (completions, entropies, logprobs), nested alike, see draw.
+    """
+    ends = end_tokens(model, tokenizer) if ends is None else ends
+    prefixes = prefixes or [[]] * len(prompts)
+    generator = torch.Generator(base_of(model).device).manual_seed(seed)
+    check_length(base_of(model).config, max(map(len, prompts), default=0) + max_new_tokens)
+    tail = len(stop.encode()) + 1  # tokens that hold the whole of it: none is shorter than a byte
+
+    def ended(i: int, tokens: list[int]) -> bool:
+        if tokens[-1] in ends or len(prefixes[i]) + len(tokens) >= max_new_tokens:
+            return True
+        return bool(stop) and stop in tokenizer.decode((prefixes[i] + tokens)[-tail:])
+
+    starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike: little padding
+    result: list = [[] for _ in prompts]
+    width = max(1, rows // group_size)
+    with torch.inference_mode():
+        for first in range(0, len(order), width):
+            chunk = order[first : first + width]
+            for done in range(0, group_size, rows):
+                owners = [i for i in chunk for _ in range(min(rows, group_size - done))]
+                drawn = _decode(model, starts, owners, ended, temperature, generator)
+                for i, completion in zip(owners, drawn):
+                    result[i].append(completion)
+    parts = [[[completion[k] for completion in group] for group in result] for k in range(3)]
+    return tuple(parts) if with_stats else parts[0]
+
+
+def _prefill(base, prompts: list[list[int]]):
+    """Compute prompts as one batch, padded on the left: (cache, final hidden state [B, width] of
+    each prompt, which places of the cache hold tokens [B, P], number of tokens [B, 1]). What all
+    prompts begin with (the worked examples) is computed once and repeated."""
+    decoder, device = base.get_decoder(), base.device
+    cache = transformers.DynamicCache(config=base.config)
+    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    if shared:
+        ids = torch.tensor([shared], device=device)
+        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+    longest = rounded(max(map(len, prompts)) - len(shared))
+    rests = [prompt[len(shared) :] for prompt in prompts]
+    pads = [[0] * (longest - len(rest)) for rest in rests]
+    ids = torch.tensor([pad + rest for pad, rest in zip(pads, rests)], device=device)
+    seen = [[1] * len(shared) + pad + [1] * len(rest) for pad, rest in zip(pads, rests)]
+    visible = torch.tensor(seen, device=device)
+    positions = (visible.cumsum(1) - 1).clamp(min=0)[:, len(shared) :]
+    hidden = decoder(
+        input_ids=ids,
+        attention_mask=visible,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return cache, hidden[:, -1].contiguous(), visible, positions[:, -1:] + 1
+
+
+def _decode(model, starts, owners: list[int], ended: Callable, temperature: float, generator):
+    """One completion for each of `owners` (numbers of `starts`, sorted) as three lists: tokens,
+    entropies, log-probs. Each start is computed once, and repeated for its group."""
+    base = base_of(model)
+    unique = list(dict.fromkeys(owners))
+    cache, hidden, visible, position = _prefill(base, [starts[i] for i in unique])
+    count = len(owners) // len(unique)
+    cache.batch_repeat_interleave(count)
+    hidden, visible, position = (x.repeat_interleave(count, 0) for x in (hidden, visible, position))
+    completions: list[tuple] = [([], [], []) for _ in owners]
+    live = list(range(len(owners)))
+    while True:
+        parts = [
+            draw(logits_of(model, h), temperature, generator) for h in hidden.split(SAMPLED_ROWS)
+        ]
+        tokens, *stats = (torch.cat(column) for column in zip(*parts))
+        for row, *step in zip(live, tokens.tolist(), *(s.tolist() for s in stats)):
+            for part, value in zip(completions[row], step):
+                part.append(value)
+        if any(completions[row][0][-1] < 0 for row in live):
+            raise NotFinite("The model's logits are not finite numbers (NaN or infinity).")
+        keep = [i for i, row in enumerate(live) if not ended(owners[row], completions[row][0])]
+        if not keep:
+            return completions
+        if len(keep) < len(live):  # finished rows would cost as much as the others
+            live, index = [live[i] for i in keep], torch.tensor(keep, device=base.device)
+            cache.batch_select_indices(index)
+            tokens, visible, position = tokens[index], visible[index], position[index]
+        visible = torch.nn.functional.pad(visible, (0, 1), value=1)
+        hidden = base.get_decoder()(
+            input_ids=tokens[:, None],
+            attention_mask=blocked(visible == 0, hidden.dtype)[:, None, None],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        hidden, position = hidden[:, -1].contiguous(), position + 1
+
+
+def blocked(hidden_places, dtype):
+    """The additive attention mask of a boolean one: 0, or the dtype's minimum where it is True."""
+    mask = torch.zeros(hidden_places.shape, dtype=dtype, device=hidden_places.device)
+    return mask.masked_fill_(hidden_places, torch.finfo(dtype).min)
+
+
+def rounded(length: int, multiple: int = 16) -> int:
+    """Lengths rounded up: kernels are kept for each length, and attention wants aligned rows."""
+    return -(-length // multiple) * multiple
+
+
+def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollout]:
+    """Sample and score one group per problem; `prefixes` for replays, see sample."""
+    prefixes = prefixes or [[]] * len(problems)
+    prompts = [policy.prompt_ids(problem.question) for problem in problems]
+    drawn = sample(
+        policy.model,
+        policy.tokenizer,
+        prompts,
+        settings.group_size,
+        prefixes=prefixes,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        stop=policy.stop,
+        ends=policy.ends,
+        rows=settings.batch_rows,
+        seed=seed,
+        with_stats=True,
+    )
+    rollouts = []
+    for problem, prompt, prefix, group, *stats in zip(problems, prompts, prefixes, *drawn):
+        rewards = [policy.reward(problem, prefix + completion) for completion in group]
+        rollouts.append(Rollout(problem, prompt + prefix, group, rewards, *stats))
+    return rollouts
+
+
+def replay_points(policy, rollouts: list[Rollout], turns: range, settings, rng: random.Random):
+    """(problems, prefixes) of the replays number `turns`: random positions inside successful (even
+    numbers) and failed completions of groups with signal, so that later positions branch too."""
+    pools: dict[bool, list] = {True: [], False: []}
+    for rollout in rollouts:
+        for completion, reward in zip(rollout.completions, rollout.rewards):
+            if rollout.has_signal and 2 < len(completion) < settings.max_new_tokens:
+                pools[reward == max(rollout.rewards)].append((rollout.problem, completion))
+    filled = [pool for pool in pools.values() if pool]
+    problems, prefixes = [], []
+    for turn in turns if filled else []:
+        problem, whole = rng.choice(filled[turn % len(filled)])
+        prefix = whole[: rng.randrange(1, len(whole) - 1)]
+        while len(policy.text(prefix)) > len(policy.text(whole)):  # it would end in the stop text
             prefix.pop()
-    return [problem for problem, _ in points], prefixes
+        problems.append(problem)
+        prefixes.append(prefix)
+    return problems, prefixes
 
 
-# ---- 4. Credit: the trie and one short pure function per method -----------------------------------------------
+# ---- 5. Credit: the trie and one short pure function per method ---------------------------------
+
 
 class Trie:
-    """The completions of one prompt, shared prefixes stored once. A node is one token after one exact prefix.
+    """The completions of one prompt, shared prefixes stored once. A node is one token after one
+    exact prefix.
 
-    .tokens   token id of each node
-    .parents  parent of each node, always of lower index; -1 where the parent is the prompt
-    .depths   position in the completion, from 0
-    .paths    for each completion, its nodes from first to last token
+    .tokens     token id of each node
+    .parents    parent of each node, always of lower index; -1 where the parent is the prompt
+    .depths     position in the completion, from 0
+    .paths      for each completion, its nodes from first to last token
+    .entropies  entropy (nats) of the distribution that each node's token was drawn from, and
+    .logprobs   the token's log-prob in it; None where they were not given
     """
 
-    def __init__(self, completions: list[list[int]]):
+    def __init__(self, completions: list[list[int]], entropies=None, logprobs=None):
         self.tokens, self.parents, self.depths, self.paths = [], [], [], []
+        self.entropies = None if entropies is None else []
+        self.logprobs = None if logprobs is None else []
         node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
-        for completion in completions:
+        for number, completion in enumerate(completions):
             node, path = -1, []
             for depth, token in enumerate(completion):
                 key = (node, token)
@@ -838,20 +1313,24 @@ class Trie:
                     self.tokens.append(token)
                     self.parents.append(node)
                     self.depths.append(depth)
+                    if entropies is not None:
+                        self.entropies.append(entropies[number][depth])
+                    if logprobs is not None:
+                        self.logprobs.append(logprobs[number][depth])
                 node = node_of[key]
                 path.append(node)
             self.paths.append(path)
 
 
 def _advantages(rewards: list[float], eps: float = 1e-4) -> list[float]:
-    """(R - mean) / (std + eps) with the population's standard deviation (Shao et al. 2024, arXiv 2402.03300)."""
+    """(R - mean) / (std + eps), population std (Shao et al. 2024, arXiv 2402.03300)."""
     mean = sum(rewards) / len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
     return [(r - mean) / (std + eps) for r in rewards]
 
 
 def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
-    """Give each chosen node of completion i its share A_i / (G * len_i); opposite shares of one node cancel."""
+    """Give each chosen node of completion i its share A_i / (G * len_i); opposite shares cancel."""
     weights: dict[int, float] = defaultdict(float)
     for advantage, nodes in zip(_advantages(rewards), chosen):
         for node in nodes:
@@ -860,18 +1339,30 @@ def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
 
 
 def grpo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
-    """GRPO (arXiv 2402.03300), every token: {node: sum over completions i through it of A_i / (G * len_i)}."""
+    """GRPO (arXiv 2402.03300), every token: {node: sum over completions i through it of
+    A_i / (G * len_i)}."""
     return _spread(rewards, trie.paths)
 
 
-def s_grpo_weights(trie: Trie, rewards: list[float], alpha: int, p: float, rng: random.Random) -> dict[int, float]:
-    """S-GRPO (arXiv 2504.20834): as GRPO over a random subset of each completion's positions, drawn with `rng`:
-    every position t < alpha, and each t >= alpha with probability p; len_i is the size of the subset."""
-    return _spread(rewards, [[n for n in path if trie.depths[n] < alpha or rng.random() < p] for path in trie.paths])
+def s_grpo_weights(
+    trie: Trie,
+    rewards: list[float],
+    alpha: int,
+    p: float,
+    rng: random.Random,
+    k: int | None = None,
+) -> dict[int, float]:
+    """S-GRPO (arXiv 2504.20834): as GRPO over a random subset of each completion's positions: every
+    t < alpha, then each with probability p until there are k; len_i is the size of the subset."""
+    chosen = []
+    for path in trie.paths:
+        kept = [node for t, node in enumerate(path) if t < alpha or rng.random() < p]
+        chosen.append(kept[:k])
+    return _spread(rewards, chosen)
 
 
 def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
-    """{node: rewards of the completions through it}; -1 is the prompt, which all of them go through."""
+    """{node: rewards of the completions through it}; -1 is the prompt."""
     through: dict[int, list[float]] = defaultdict(list)
     for path, reward in zip(trie.paths, rewards):
         for node in [-1, *path]:
@@ -879,93 +1370,133 @@ def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
     return through
 
 
-def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
-    """T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, where A(v|p) is the mean reward of the
-    completions through prefix p and token v, minus that of all completions through p. Only branch points get any."""
-    mean = {node: sum(passing) / len(passing) for node, passing in rewards_through(trie, rewards).items()}
-    credit = {n: mean[n] - mean[parent] for n, parent in enumerate(trie.parents) if abs(mean[n] - mean[parent]) > 1e-9}
-    return {node: value / len(credit) for node, value in credit.items()}
+def t_spmo_weights(trie: Trie, rewards: list[float], on_prob: bool = True) -> dict[int, float]:
+    """T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, where A(v|p) is the
+    mean reward of the completions through prefix p and token v, minus that of all through p. Only
+    branch points get any. `on_prob`: the term is credit * pi instead of credit * log pi, so where
+    the trie knows log-probs the weight is credit * pi (the gradient of pi is pi * that of log pi).
+    """
+    mean = {n: sum(passing) / len(passing) for n, passing in rewards_through(trie, rewards).items()}
+    credit = {node: mean[node] - mean[parent] for node, parent in enumerate(trie.parents)}
+    credit = {node: value for node, value in credit.items() if abs(value) > 1e-9}
+    pi = [math.exp(x) if on_prob else 1.0 for x in trie.logprobs or [0.0] * len(trie.tokens)]
+    return {node: value * pi[node] / len(credit) for node, value in credit.items()}
 
 
-def credit_weights(method: str, trie: Trie, rewards: list[float], settings, rng: random.Random) -> dict[int, float]:
-    if method == "grpo":
-        return grpo_weights(trie, rewards)
-    if method == "s-grpo":
-        return s_grpo_weights(trie, rewards, settings.alpha, settings.p, rng)
-    if method == "t-spmo":
-        return t_spmo_weights(trie, rewards)
-    raise NotImplementedError(f"credit_weights names no function for the method {method!r}")
+def credit_function(settings) -> Callable[[Trie, list[float], random.Random], dict[int, float]]:
+    """(trie, rewards, rng) -> {node: weight}, as --method names it: one of the three above with its
+    numbers from the settings, or a function of the user's own."""
+    alpha, p, k = settings.alpha, settings.p, settings.k or None
+    if settings.method == "grpo":
+        return lambda trie, rewards, rng: grpo_weights(trie, rewards)
+    if settings.method == "s-grpo":
+        return lambda trie, rewards, rng: s_grpo_weights(trie, rewards, alpha, p, rng, k)
+    if settings.method == "t-spmo":
+        return lambda trie, rewards, rng: t_spmo_weights(trie, rewards, settings.on_prob)
+    if not is_code(settings.method):
+        raise UserError(
+            f"--method {settings.method} is not one of {', '.join(METHODS)} or FILE.py:function."
+        )
+    return load_function(settings.method)
 
 
-# ---- 5. Update: pack, forward, loss ---------------------------------------------------------------------------
+def method_name(method: str) -> str:
+    """What a method is called in names of runs and tables."""
+    return method.rpartition(":")[2]
 
-# Rows of [vocabulary] logits at a time, here above those 32 MiB: smaller pieces are scattered over the heap between the
-# activations, and keep it from shrinking (0.8 GiB for GRPO on Qwen2-1.5B, with 48 rows).
+
+def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> list[tuple]:
+    """(rollout, trie, {node: weight}) of each group; without signal, or without weights, none."""
+    credited = []
+    for rollout in rollouts:
+        if rollout.has_signal:
+            trie = Trie(rollout.completions, rollout.entropies, rollout.logprobs)
+            weights = method(trie, rollout.rewards, rng)
+            if not all(node in range(len(trie.tokens)) for node in weights):
+                raise UserError("--method: the keys of its weights must be nodes of the trie.")
+            weights = {node: weight for node, weight in weights.items() if weight}
+            if weights:
+                credited.append((rollout, trie, weights))
+    return credited
+
+
+# ---- 6. Update: pack, forward, loss, step -------------------------------------------------------
+
+# Rows of [vocabulary] logits at a time, here above malloc's 32 MiB: smaller pieces are scattered
+# over the heap between the activations, and keep it from shrinking.
 TRAINED_ROWS = 64
+MAX_GRAD_NORM = 1.0
 
 
-def ancestors(trie: Trie, node: int, known: set[int]) -> list[int]:
-    """The ancestors of a node, nearest first, up to the first that is in `known`."""
-    found, node = [], trie.parents[node]
-    while node >= 0 and node not in known:
-        found.append(node)
-        node = trie.parents[node]
+def ancestors(trie: Trie, nodes) -> set[int]:
+    """All nodes above `nodes`: what their packed pass computes besides the prompt."""
+    found: set[int] = set()
+    for node in nodes:
+        while (node := trie.parents[node]) >= 0 and node not in found:
+            found.add(node)
     return found
 
 
 def pack(prompt: list[int], trie: Trie, nodes: list[int]):
-    """One sequence of the prompt and all ancestors of `nodes`, each once: (ids [L], positions [L], allowed [L, L] of
-    bool, slot {node: index in the sequence}). A row of `allowed` sees the prompt and the node's own ancestors."""
-    needed: set[int] = set()
-    for node in nodes:
-        needed.update(ancestors(trie, node, needed))
-    order, start = sorted(needed), len(prompt)  # parents come before their children
+    """One sequence of the prompt and all ancestors of `nodes`, each once: (ids [L], positions [L],
+    hidden places [L, L] of bool, slot {node: index in the sequence}). A row sees the prompt and the
+    node's own ancestors. L is rounded up by rows that see nothing but themselves."""
+    order, start = sorted(ancestors(trie, nodes)), len(prompt)  # parents before their children
+    length = rounded(start + len(order))
+    pad = [0] * (length - start - len(order))
     slot = {-1: start - 1} | {node: start + i for i, node in enumerate(order)}
-    ids = torch.tensor(prompt + [trie.tokens[n] for n in order])
-    positions = torch.tensor([*range(start), *(start + trie.depths[n] for n in order)])
-    allowed = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    allowed[start:, start:] = False
+    sees = numpy.tri(length, dtype=bool)
+    sees[start:] = numpy.eye(length, dtype=bool)[start:]
     for node in order:
-        row = slot[node]
-        allowed[row] = allowed[slot[trie.parents[node]]]
-        allowed[row, row] = True
-    return ids, positions, allowed, slot
+        sees[slot[node]] |= sees[slot[trie.parents[node]]]
+    ids = prompt + [trie.tokens[node] for node in order] + pad
+    positions = [*range(start), *(start + trie.depths[node] for node in order), *pad]
+    return torch.tensor(ids), torch.tensor(positions), torch.from_numpy(~sees), slot
 
 
-def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes: list[int], temperature: float = 1.0):
+def packed_logprobs(
+    model, prompt_ids: list[int], trie: Trie, nodes: list[int], temperature: float = 1.0
+):
     """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
 
-    One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few rows at a time, so
-    that [tokens, vocabulary] never exists. Equal to one forward pass per completion up to rounding. Raises UserError
-    where a sliding attention window is shorter than the sequence, or where there is no prompt.
+    One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few
+    rows at a time, so that [tokens, vocabulary] never exists. Equal to one forward pass per
+    completion up to rounding. Raises UserError where the model's context or sliding window is
+    shorter than the sequence, or where there is no prompt.
     """
     base = base_of(model)
     if not prompt_ids:
-        raise UserError("The prompt is empty: what comes first in a completion has nothing to be predicted from.")
-    ids, positions, allowed, slot = pack(prompt_ids, trie, nodes)
+        raise UserError("The prompt is empty: nothing predicts the first token of a completion.")
+    ids, positions, unseen, slot = pack(prompt_ids, trie, nodes)
     check_length(base.config, int(positions.max()) + 2)
-    dtype, device = base.get_input_embeddings().weight.dtype, base.device
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
-    hidden = base.get_decoder()(input_ids=ids[None].to(device), position_ids=positions[None].to(device),
-                                attention_mask=mask[None, None].to(device), use_cache=False).last_hidden_state[0]
-    # The dtype is named because there may be no nodes: a group without signal.
-    rows = torch.tensor([slot[trie.parents[node]] for node in nodes], dtype=torch.long, device=device)
-    tokens = torch.tensor([trie.tokens[node] for node in nodes], dtype=torch.long, device=device)
+    device, dtype = base.device, base.get_input_embeddings().weight.dtype
+    hidden = base.get_decoder()(
+        input_ids=ids[None].to(device),
+        position_ids=positions[None].to(device),
+        attention_mask=blocked(unseen, dtype)[None, None].to(device),
+        use_cache=False,
+    ).last_hidden_state[0]
+    rows = torch.tensor([slot[trie.parents[n]] for n in nodes], dtype=torch.long, device=device)
+    tokens = torch.tensor([trie.tokens[n] for n in nodes], dtype=torch.long, device=device)
     return token_logprobs(model, hidden[rows], tokens, temperature)
 
 
 def token_logprobs(model, hidden, tokens, temperature: float):
-    """log-prob of each of `tokens` [n] under softmax(logits / temperature), from hidden states [n, width]: float32 [n].
+    """log-prob of each of `tokens` [n] under softmax(logits / temperature), from hidden states
+    [n, width]: float32 [n].
 
-    The gradient of each is a vector of [width] that is at hand once its row of logits is, so it is computed there and
-    kept, instead of the row or of computing the row again in the backward pass. (Not where the output embedding itself
-    is trained, which would lose its gradient.)
+    The gradient of each is a vector of [width] that is at hand once its row of logits is, so it is
+    computed there and kept, instead of the row or of computing the row again in the backward pass.
+    (Not where the output embedding itself is trained, which would lose its gradient.)
     """
+
     def logps(part, wanted):
-        return (logits_of(model, part) / temperature).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+        scores = (logits_of(model, part) / temperature).log_softmax(-1)
+        return scores.gather(-1, wanted[:, None])[:, 0]
 
     parts = zip(hidden.split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))
-    if not hidden.requires_grad or any(p.requires_grad for p in base_of(model).get_output_embeddings().parameters()):
+    head = base_of(model).get_output_embeddings()
+    if not hidden.requires_grad or any(p.requires_grad for p in head.parameters()):
         return torch.cat([logps(part, wanted) for part, wanted in parts])
     values, slopes = [], []
     for part, wanted in parts:
@@ -973,287 +1504,512 @@ def token_logprobs(model, hidden, tokens, temperature: float):
         value = logps(part, wanted)
         slopes += torch.autograd.grad(value.sum(), part)
         values.append(value.detach())
-    return torch.cat(values) + ((hidden - hidden.detach()) * torch.cat(slopes)).sum(-1)  # adds 0, with that gradient
+    # This adds 0, with that gradient.
+    return torch.cat(values) + ((hidden - hidden.detach()) * torch.cat(slopes)).float().sum(-1)
 
 
 def check_length(config, length: int) -> None:
-    """Packed and cached attention are exact only while everything lies inside a model's sliding window; beyond its
-    context no model is."""
+    """Packed and cached attention are exact only while everything lies inside a model's sliding
+    window; beyond its context no model is."""
     text = config.get_text_config()
+    says = f"Prompt and completion need {length} tokens, but this model"
+    advice = "lower --max-new-tokens or shorten the prompt."
     if length > (context := getattr(text, "max_position_embeddings", None) or length):
-        raise UserError(f"Prompt and completion need {length} tokens, but this model's context holds {context}; lower "
-                        "--max-new-tokens or shorten the prompt.")
+        raise UserError(f"{says}'s context holds {context}; {advice}")
     window = getattr(text, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
-    if window and slides and length > window:
-        raise UserError(f"Prompt and completion need {length} tokens, but this model attends over a sliding window of "
-                        f"{window}; lower --max-new-tokens or shorten the prompt.")
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
+    if window and "sliding_attention" in kinds and length > window:
+        raise UserError(f"{says} attends over a sliding window of {window}; {advice}")
 
 
-def check_packing(model, tokenizer) -> None:
-    """Refuse a model that cannot be sampled from here, or whose packed pass differs from plain ones on a few tokens:
-    one that ignores masks or positions (recurrent ones, say), or scales its logits in its own way."""
-    base = base_of(model)
-    try:
-        sample(model, tokenizer, [[0, 1, 2], [1, 2]], 2, max_new_tokens=2, ends=set())
-        gap = packing_gap(model, tokenizer)
-        fault = "" if gap < (1e-3 if base.dtype == torch.float32 else 0.5) else f"log-probs differ by {gap:.3g}"
-    except Exception as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        fault = f"{type(error).__name__}: {first_line(error)}"
-    if fault:
-        raise UserError(f"This model's architecture ({base.config.model_type}) does not fit the packed update "
-                        f"({fault}); use a plain decoder such as Qwen2, Llama or Gemma.")
-
-
-def packing_gap(model, tokenizer) -> float:
-    """The largest difference of log-probs between the packed pass and plain forward passes on a few random tokens."""
-    base, device, gap = base_of(model), base_of(model).device, 0.0
-    rng = random.Random(0)
-    ids = [rng.randrange(min(len(tokenizer), base.config.get_text_config().vocab_size)) for _ in range(12)]
-    prompt, completions = ids[:5], [ids[5:9], ids[5:7] + ids[9:12]]
-    trie = Trie(completions)
-    with torch.inference_mode():
-        packed = packed_logprobs(model, prompt, trie, list(range(len(trie.tokens))))
-        for path, completion in zip(trie.paths, completions):
-            logits = base(input_ids=torch.tensor([prompt + completion], device=device)).logits[0].float()
-            plain = logits[len(prompt) - 1:-1].log_softmax(-1)[range(len(completion)), completion]
-            gap = max(gap, (packed[path] - plain).abs().nan_to_num(math.inf).max().item())
-    return gap
-
-
-def step_trie(rollouts: list[Rollout], tries: list[Trie],
-              weights: list[dict[int, float]]) -> tuple[list[int], Trie, dict[int, float]]:
-    """All groups of a step as one trie: what their prompts share (token ids), the trie of the rest of each prompt and
-    its completions, and the weight of its nodes, given each group's weights on the trie of its completions alone."""
-    shared = os.path.commonprefix([rollout.prompt for rollout in rollouts])
-    joint = Trie([r.prompt[len(shared):] + completion for r in rollouts for completion in r.completions])
-    total: dict[int, float] = defaultdict(float)  # a replay can meet the nodes of the group that it came from
+def step_trie(credited: list[tuple]) -> tuple[list[int], Trie, dict[int, float]]:
+    """The groups of a step as one trie: what their prompts share (token ids), the trie of the rest
+    of each prompt and its completions, and the weights of its nodes, given those of each group."""
+    shared = os.path.commonprefix([rollout.prompt for rollout, *_ in credited])
+    joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
+    total: dict[int, float] = defaultdict(float)  # a replay can meet nodes of its first group
     paths = iter(joint.paths)
-    for rollout, trie, own in zip(rollouts, tries, weights):
-        nodes = {}
+    for rollout, trie, weights in credited:
+        nodes: dict[int, int] = {}  # of the group's trie -> of the joint one
         for path in trie.paths:
-            nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared):]))
-        for node, weight in own.items():
+            nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared) :]))
+        for node, weight in weights.items():
             total[nodes[node]] += weight
     return shared, joint, total
 
 
 def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]]:
-    """Cut `nodes` into lists with at most `budget` ancestors each (a single long path may have more)."""
-    part: list[int] = []
-    needed: set[int] = set()
-    for node in sorted(nodes):
-        if part and len(needed) + len(ancestors(trie, node, needed)) > budget:
+    """Cut `nodes` into lists, one forward pass each, with at most `budget` ancestors. What one
+    completion needs is never cut, however long: what lies deep in it needs all that is above."""
+    wanted, part, needed = set(nodes), [], set()
+    for path in trie.paths:
+        own = [node for node in path if node in wanted]
+        if not own:
+            continue
+        wanted.difference_update(own)
+        above = path[: trie.depths[own[-1]]]
+        if part and len(needed.union(above)) > budget:
             yield part
             part, needed = [], set()
-        part.append(node)
-        needed.update(ancestors(trie, node, needed))
-    yield part
+        part += own
+        needed.update(above)
+    if part:
+        yield part
 
 
-def pack_loss(policy: Policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta: float, settings):
-    """The docstring's formula on some of a step's nodes, a scalar, plus beta times their summed KL to the model without
-    its adapter (the k3 estimate of Schulman 2020)."""
+def step_packs(credited: list[tuple], budget: int) -> list[tuple]:
+    """(prompt ids, trie, {node: weight}) of each forward pass that a step needs."""
+    alike: dict[int, list] = defaultdict(
+        list
+    )  # by first token, so that some of the prompt is shared
+    for group in credited:
+        alike[group[0].prompt[0]].append(group)
+    packs = []
+    for groups in alike.values():
+        prompt, trie, weights = step_trie(groups)
+        for nodes in split_nodes(trie, list(weights), budget):
+            packs.append((prompt, trie, {node: weights[node] for node in nodes}))
+    return packs
+
+
+def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
+    """(loss, log-probs) of one pack: the docstring's formula, plus beta times the summed KL to the
+    model without its adapter (the k3 estimate of Schulman 2020)."""
     nodes = list(weights)
-    weight = torch.tensor([weights[n] for n in nodes], device=base_of(policy.model).device)
-    logp = packed_logprobs(policy.model, prompt, trie, nodes, settings.temperature)
-    # On pi instead of log pi, a branch counts by how likely it is; the gradient of pi is pi * grad log pi.
-    loss = -(weight * (logp.exp() if settings.method == "t-spmo" and settings.on_prob else logp)).sum()
+    logp = packed_logprobs(policy.model, prompt, trie, nodes, temperature)
+    loss = -(torch.tensor(list(weights.values()), device=logp.device) * logp).sum()
     if beta:
         with torch.no_grad(), policy.model.disable_adapter():
-            reference = packed_logprobs(policy.model, prompt, trie, nodes, settings.temperature)
+            reference = packed_logprobs(policy.model, prompt, trie, nodes, temperature)
         gap = reference - logp
         loss = loss + beta * (gap.exp() - gap - 1).sum()
-    return loss
+    return loss, logp.detach()
 
 
-def update(policy: Policy, rollouts: list[Rollout], optimizer, lr: float, settings, rng: random.Random) -> dict:
-    """One optimizer step on the mean loss of all groups of all processes; groups without signal cost nothing. Returns
-    what was trained here. A step with a non-finite gradient is skipped and reported."""
+def update(policy, credited: list[tuple], groups: int, optimizer, settings):
+    """One optimizer step on the mean loss over the `groups` of all processes, no further than
+    --target-kl allows. A non-finite step is not taken. Returns metrics of this process, to be
+    summed over all, and others, of which the largest counts."""
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    credited: dict[int, list] = defaultdict(list)  # by first token of the prompt, so that some of the prompt is shared
-    for rollout in rollouts:
-        if rollout.has_signal:
-            trie = Trie(rollout.completions)
-            if weights := credit_weights(settings.method, trie, rollout.rewards, settings, rng):
-                credited[rollout.prompt[0]].append((rollout, trie, weights))
-    loss_sum, own = 0.0, sum(len(weights) for groups in credited.values() for *_, weights in groups)
-    group_count, trained = map(sum, zip(*gather((len(rollouts), own))))
-    for groups in credited.values():
-        prompt, trie, weights = step_trie(*zip(*groups))
-        for nodes in split_nodes(trie, list(weights), settings.max_pack_tokens):
-            part = {n: weights[n] / group_count for n in nodes}
-            loss = pack_loss(policy, prompt, trie, part, settings.beta / trained, settings)
-            loss.backward()
-            loss_sum += loss.item()
-    for p in params if processes()[1] > 1 else ():  # the losses of all processes are parts of one sum
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.distributed.all_reduce(p.grad)
-    if trained and settings.l2:
-        (settings.l2 * sum(p.pow(2).sum() for p in params)).backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm or math.inf))
-    skipped = not math.isfinite(norm)
+    packs = step_packs(credited, settings.max_pack_tokens)
+    own = sum(len(weights) for *_, weights in packs)
+    trained, loss_sum, before = sum(gather([own])), 0.0, []
+    scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost
+    for prompt, trie, weights in packs:
+        share = {node: weight / groups for node, weight in weights.items()}
+        beta = settings.beta / trained
+        loss, logp = pack_loss(policy, prompt, trie, share, beta, settings.temperature)
+        (loss * scale).backward()
+        loss_sum += loss.item()
+        before.append(logp)
+    for p in params:  # the losses of all processes are parts of one sum
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad / scale
+        p.grad = accelerate.utils.reduce(p.grad, "sum")
+        if trained and settings.l2:
+            p.grad += 2 * settings.l2 * p.detach()
+    norm = float(torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM))
+    kl, skipped = 0.0, not math.isfinite(norm)
     if trained and not skipped:
-        optimizer.param_groups[0]["lr"] = lr
+        start = [p.detach().clone() for p in params]
         optimizer.step()
+        kl, skipped = limit_step(policy, packs, before, params, start, settings)
     optimizer.zero_grad(set_to_none=True)
-    return {"tokens_trained": own, "loss": loss_sum, "grad_norm": norm, "skipped": skipped}
+    packed = sum(len(prompt) + len(ancestors(trie, weights)) for prompt, trie, weights in packs)
+    sums = {"tokens_trained": own, "tokens_packed": packed, "loss": loss_sum}
+    return sums, {"grad_norm": norm, "kl": kl, "skipped": skipped}
 
 
-def processes() -> tuple[int, int]:
-    """(number of this process, number of processes): (0, 1) unless join_processes has connected several."""
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+def limit_step(policy, packs, before, params, start, settings) -> tuple[float, bool]:
+    """Take back as much of the step from `start` as keeps the KL of the policy before it to the one
+    after it under --target-kl: (that KL, whether nothing is left of the step). It is the mean over
+    the nodes of each process's first pack of exp(gap) - 1 - gap, gap = log pi - log pi before (k3,
+    Schulman 2020), and grows with the square of a step."""
+    if not settings.target_kl:
+        return 0.0, False
+    for _ in range(4):
+        own = (0.0, 0)
+        for (prompt, trie, weights), old in zip(packs[:1], before):
+            with torch.no_grad():
+                new = packed_logprobs(
+                    policy.model, prompt, trie, list(weights), settings.temperature
+                )
+            own = ((new - old).expm1() - (new - old)).sum().item(), len(weights)
+        sums, counts = zip(*gather([own]))
+        kl = sum(sums) / sum(counts)
+        if kl <= settings.target_kl:
+            return kl, False
+        share = 0.9 * math.sqrt(settings.target_kl / kl) if math.isfinite(kl) else 0.0
+        for p, old in zip(params, start):
+            p.data.copy_(old.lerp(p.data, share) if share else old)
+        if not share:
+            break
+    for p, old in zip(params, start):
+        p.data.copy_(old)
+    return 0.0, True
 
 
-def main_process() -> bool:
-    """Whether this is the process that shows and saves."""
-    return processes()[0] == 0
+def check_model(model, tokenizer) -> None:
+    """Refuse a model that cannot be sampled from and trained exactly here: one that ignores masks or
+    positions (recurrent ones, say), or changes its logits in a way of its own. The log-probs of
+    tokens as they were drawn, and as packed, must equal those of plain forward passes, but for what
+    rounding does: in half precision that is measured, by adding as much noise after each layer."""
+    base = base_of(model)
+    try:
+        logits, sampled, packed, noise = deviations(model, tokenizer)
+        limit = 1e-3 if base.dtype == torch.float32 else 1.7 * noise
+        if logits < 0.01 and sampled < limit and packed < limit:
+            return
+        fault = f"logits differ by {logits:.2g}, log-probs by {sampled:.2g} and {packed:.2g}"
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        fault = f"{type(error).__name__}: {first_line(error)}"
+    raise UserError(
+        f"This model's architecture ({base.config.model_type}) does not fit the packed update "
+        f"({fault}); use a plain decoder such as Qwen2, Llama or Gemma."
+    )
 
 
-def gather(value) -> list:
-    """The values of all processes, in order."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+def deviations(model, tokenizer) -> tuple[float, ...]:
+    """How far our logits are from the model's own (relative), and from the log-probs of plain passes
+    those of tokens as they were drawn, as packed, and with noise (root mean squares)."""
+    base, rng = base_of(model), random.Random(0)
+    ids = [
+        rng.randrange(min(len(tokenizer), base.config.get_text_config().vocab_size))
+        for _ in range(30)
+    ]
+    prompts = [ids[:17], ids[:3] + ids[17:]]
+    options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
+    groups, _, drawn = sample(model, tokenizer, prompts, 5, **options)
+    epsilon = torch.finfo(base.dtype).eps / 4  # the mean error of rounding to the nearest
+
+    def add_noise(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        noise = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden)
+        hidden.mul_(1 + epsilon * noise)
+
+    gaps: list[list] = [[], [], []]
+    for prompt, group, logps in zip(prompts, groups, drawn):
+        trie, longest, generator = (
+            Trie(group),
+            max(map(len, group)),
+            torch.Generator().manual_seed(0),
+        )
+        padded = [prompt + c[:-1] + [0] * (longest - len(c)) for c in group]
+        inputs = torch.tensor(padded, device=base.device)
+        with torch.inference_mode():
+            plain = base(input_ids=inputs).logits.float()
+            own = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
+            packed = packed_logprobs(model, prompt, trie, list(range(len(trie.tokens))))
+            hooks = [layer.register_forward_hook(add_noise) for layer in base.get_decoder().layers]
+            noisy = base(input_ids=inputs).logits.float()
+            for hook in hooks:
+                hook.remove()
+        for i, completion in enumerate(group):
+            at = range(len(prompt) - 1, len(prompt) - 1 + len(completion))
+            wanted, other = (
+                x[i, at].log_softmax(-1)[range(len(at)), completion].cpu() for x in (plain, noisy)
+            )
+            for part, found in zip(
+                gaps, (torch.tensor(logps[i]), packed[trie.paths[i]].cpu(), other)
+            ):
+                part.append(found - wanted)
+    relative = ((own - plain).norm() / plain.norm()).item()
+    return relative, *(torch.cat(part).pow(2).mean().sqrt().item() for part in gaps)
 
 
-# ---- 6. Train and evaluate: short loops that call the above ---------------------------------------------------
+# ---- 7. Train and evaluate ----------------------------------------------------------------------
+
+DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes)"""
+    state = accelerate.PartialState()
+    return state.process_index, state.num_processes
+
+
+def gather(values: list) -> list:
+    """The values of all processes in one list, in order."""
+    return accelerate.utils.gather_object(values)
+
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone so that a resumed
-    run sees what the uninterrupted one would have seen."""
+    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone
+    so that a resumed run sees what the uninterrupted one would have seen."""
     size, first = len(problems), step * count
     epochs = range(first // size, (first + count - 1) // size + 1)
-    order = [i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(size), size)]
-    return [problems[i] for i in order[first % size:][:count]]
+    order = [
+        i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(size), size)
+    ]
+    return [problems[i] for i in order[first % size :][:count]]
 
 
 def learning_rate(step: int, settings) -> float:
-    """Linear warm-up over the first tenth of the steps, then linear decay to a tenth of the peak."""
+    """Linear warm-up over the first tenth of the steps, then linear decay to a tenth."""
     warm = max(1, settings.steps // 10)
     decay = 1 - 0.9 * max(0, step + 1 - warm) / max(1, settings.steps - warm)
     return settings.lr * min((step + 1) / warm, decay)
 
 
-def train_step(policy: Policy, problems: list[Problem], optimizer, step: int, settings) -> dict:
-    """Rollout, credit, update: one row of metrics. Each process takes its share of the problems and replays."""
-    rank, world = processes()
-    device, rng = str(base_of(policy.model).device), random.Random(f"{settings.seed}/{step}" + f"/{rank}" * (world > 1))
-    peak_memory(device, reset=True)
-    start = time.perf_counter()
-    asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)[rank::world]
-    rollouts = roll_out(policy, asked, [[]] * len(asked), settings, seed=rng.getrandbits(32))
-    points = replay_points(policy, rollouts, range(rank, settings.replay, world), settings.max_new_tokens, rng)
-    replays = roll_out(policy, *points, settings, seed=rng.getrandbits(32))
-    every, middle = rollouts + replays, time.perf_counter()
-    updated = update(policy, every, optimizer, learning_rate(step, settings), settings, rng)
-    facts = {  # lists, of which the row shows the mean over all processes
-        "reward": [reward for r in rollouts for reward in r.rewards],
-        "signal": [r.has_signal for r in every],
-        "distinct": [len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts],
-        "length": [len(c) for r in rollouts for c in r.completions],
-        "truncated": [not policy.finished(c) for r in rollouts for c in r.completions],
-        "tokens_generated": sum(len(c) for r in every for c in r.completions), **updated,
-        "rollout_s": middle - start, "update_s": time.perf_counter() - middle, "peak_memory": peak_memory(device)}
-    return metrics_row(step, learning_rate(step, settings), gather(facts))
-
-
-def metrics_row(step: int, lr: float, facts: list[dict]) -> dict:
-    """One row of metrics from the facts of all processes: means of the lists, sums of the tokens and losses, and of
-    time and memory the most that a process took."""
-    joined = {key: [fact[key] for fact in facts] for key in facts[0]}
-    lists = {key: sum(values, []) for key, values in joined.items() if isinstance(values[0], list)}
-    lists["accuracy"] = [reward == 1 for reward in lists["reward"]]
-    return {"step": step + 1, "lr": lr, **{key: sum(values) / max(1, len(values)) for key, values in lists.items()},
-            **{key: sum(joined[key]) for key in ("tokens_generated", "tokens_trained", "loss")},
-            **{key: max(joined[key]) for key in ("grad_norm", "skipped", "rollout_s", "update_s", "peak_memory")}}
-
-
 def new_optimizer(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=0.0, weight_decay=0.0)
 
 
-def train(policy: Policy, problems: list[Problem], settings, run: Path, stop: list) -> Iterator[dict]:
-    """Train until settings.steps, yielding one row of metrics a step, saving into `run`; `stop` ends it early once
-    something is put in. Continues where run/state.pt left off if there is one."""
-    optimizer, failures = new_optimizer(policy.model), 0
-    for step in range(load_state(run, policy.model, optimizer), settings.steps):
-        metrics = train_step(policy, problems, optimizer, step, settings)
-        stopping = any(gather(bool(stop)))  # all processes leave after the same step
-        failures = failures + 1 if metrics["skipped"] else 0
-        if main_process():
+def due(step: int, every: int, settings) -> bool:
+    return step % every == 0 or step == settings.steps
+
+
+def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterator[tuple]:
+    """Train until settings.steps, saving into `run`: yields (row of metrics, rollouts) of each step.
+    Continues where run/state.pt left off; `stop` ends it early once something is put in. The
+    adapter that is kept is the best on `held_out`, problems that are not trained, if there are any.
+    """
+    rank, world = rank_and_world()
+    device, method = base_of(policy.model).device, credit_function(settings)
+    optimizer = new_optimizer(policy.model)
+    state, stopping = load_state(run, policy.model, optimizer), False
+    if state["step"] == 0:
+        state["best"] = validate(policy, held_out, settings) if held_out else 0.0
+        save_run(run, policy.model, optimizer, state, keep=True)
+    while state["step"] < settings.steps and state["stale"] < settings.patience and not stopping:
+        step, start = state["step"], time.perf_counter()
+        rng = random.Random(f"{settings.seed}/{step}" + f"/{rank}" * (world > 1))
+        peak_memory(device, reset=True)
+
+        asked = step_problems(problems, step, settings.prompts_per_step, settings.seed)[rank::world]
+        rollouts = roll_out(policy, asked, settings, rng.getrandbits(32))
+        turns = range(rank, settings.replay, world)
+        inside, prefixes = replay_points(policy, rollouts, turns, settings, rng)
+        replays = roll_out(policy, inside, settings, rng.getrandbits(32), prefixes)
+        middle = time.perf_counter()
+
+        credited = credit(rollouts + replays, method, rng)
+        groups = sum(gather([len(rollouts + replays)]))
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, settings)
+        sums, peaks = update(policy, credited, groups, optimizer, settings)
+
+        peaks |= {"rollout_s": middle - start, "update_s": time.perf_counter() - middle}
+        peaks["peak_memory"] = peak_memory(device)
+        row = {"step": step + 1, "lr": lr} | step_metrics(policy, rollouts, replays, sums, peaks)
+        state["step"] = step + 1
+        stopping = any(gather([bool(stop)]))  # all processes leave after the same step
+        if held_out and due(step + 1, settings.validate_every, settings):
+            row["validation"] = validate(policy, held_out, settings)
+        saving = "validation" in row or stopping or due(step + 1, settings.save_every, settings)
+        keep = judge(state, row, saving and not held_out)
+        if rank == 0:
             with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopping or failures == 3:
-                save_run(run, policy.model, optimizer, step + 1)
-        yield metrics
-        if failures == 3:
-            raise UserError("Three steps in a row had a non-finite loss or gradient; the last good adapter is kept in "
-                            f"{run}. Lower --lr, or use --dtype float32.")
-        if stopping:
-            return
+                file.write(json.dumps(row) + "\n")
+        if saving:
+            save_run(run, policy.model, optimizer, state, keep)
+        release_memory()
+        yield row, rollouts
+        check_alive(state, row, run)
 
 
-def save_run(run: Path, model, optimizer, step: int) -> None:
-    """The adapter as peft writes it, and state.pt for --resume; each file replaces the old one only when complete."""
+def judge(state: dict, row: dict, score_rewards: bool) -> bool:
+    """Enter a step into the state; returns whether its adapter is the one to keep: the best on
+    validation; without validation the latest, unless the rewards since the last save have fallen
+    under half of the best (a policy that has collapsed must not replace a good one)."""
+    state["failures"] = state["failures"] + 1 if row["skipped"] else state["failures"]
+    state["failures"] = 0 if row["tokens_trained"] and not row["skipped"] else state["failures"]
+    barren = row["truncated"] > 0.9 or row["reward"] == 0 < state["best"]
+    state["dead"] = state["dead"] + 1 if barren and row["signal"] == 0 else 0
+    state["rewards"].append(row["reward"])
+    if "validation" in row:
+        score, keep = row["validation"], row["validation"] >= state["best"]
+        state["stale"] = 0 if score > state["best"] else state["stale"] + 1
+    elif score_rewards:
+        score = sum(state["rewards"]) / len(state["rewards"])
+        keep = score >= state["best"] / 2
+        state["rewards"] = []
+    else:
+        return False
+    if keep:
+        state["best"], state["best_step"] = max(score, state["best"]), row["step"]
+    return keep
+
+
+def check_alive(state: dict, row: dict, run: Path) -> None:
+    """End a run that cannot go on to any purpose."""
+    kept = (
+        f"The adapter in {run} is that of step {state['best_step']}. Start again with a lower --lr"
+    )
+    if state["failures"] == 3:
+        raise UserError(
+            f"Three steps had a loss that is not finite, or no share that --target-kl "
+            f"allows. {kept}, or with --dtype float32."
+        )
+    if state["dead"] == DEAD_STEPS:
+        raise UserError(
+            f"In {DEAD_STEPS} steps in a row no group had any signal, and {row['truncated']:.0%} "
+            f"of the completions were cut off: nothing is left to learn from. {kept}, "
+            "or a higher --max-new-tokens."
+        )
+
+
+def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
+    """A row of metrics over all processes: means over completions or groups (those of replays only
+    where it is said), sums, and the largest of `peaks`."""
+    every = rollouts + replays
+    completions = [c for rollout in rollouts for c in rollout.completions]
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+    lists = {
+        "reward": rewards,
+        "accuracy": [is_right(reward) for reward in rewards],
+        "signal": [r.has_signal for r in every],  # replays too: they train alike
+        "distinct": [len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts],
+        "entropy": [x for r in rollouts for row in r.entropies for x in row],
+        "length": [len(c) for c in completions],
+        "truncated": [not policy.finished(c) for c in completions],
+    }
+    sums = sums | {"tokens_generated": sum(len(c) for r in every for c in r.completions)}
+    processes = gather([(lists, sums, peaks)])
+    row = {}
+    for key in lists:
+        values = [value for own, _, _ in processes for value in own[key]]
+        row[key] = sum(values) / max(1, len(values))
+    row |= {key: sum(own[key] for _, own, _ in processes) for key in sums}
+    return row | {key: max(own[key] for _, _, own in processes) for key in peaks}
+
+
+def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
+    """state.pt for --resume and, with `keep`, the adapter as peft writes it. Each file replaces the
+    old one only when it is complete, state.pt last."""
+    if rank_and_world()[0] > 0:
+        return
     temporary = run / "saving.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary), save_embedding_layers=False)  # "auto" would ask the hub
+    temporary.mkdir()
+    if keep:
+        save_checkpoint(model, temporary, save_embedding_layers=False)  # "auto" would ask the hub
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    state = io.BytesIO()  # torch.save into a file does not say so when the disk is full
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "weights": weights}, state)
-    (temporary / "state.pt").write_bytes(state.getvalue())
+    buffer = io.BytesIO()  # torch.save into a file does not say so when the disk is full
+    torch.save(state | {"optimizer": optimizer.state_dict(), "weights": weights}, buffer)
+    (temporary / "state.pt").write_bytes(buffer.getvalue())
     for name in ("adapter_config.json", "adapter_model.safetensors", "state.pt"):
-        os.replace(temporary / name, run / name)
+        if (temporary / name).exists():
+            os.replace(temporary / name, run / name)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_state(run: Path, model, optimizer) -> int:
-    """Put model and optimizer back to the saved step, if there is one, cut the metrics there, and return the step."""
-    path, state = run / "state.pt", {"step": 0}
+def load_state(run: Path, model, optimizer) -> dict:
+    """Put model and optimizer back to the saved step, if there is one, cut the metrics there, and
+    return the state: the step, what is known of the best adapter, and signs of trouble."""
+    state = {
+        "step": 0,
+        "best": 0.0,
+        "best_step": 0,
+        "stale": 0,
+        "failures": 0,
+        "dead": 0,
+        "rewards": [],
+    }
+    path = run / "state.pt"
     if path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["weights"], strict=False)  # only the adapter's weights are in there
-        optimizer.load_state_dict(state["optimizer"])
-    if main_process() and (run / "metrics.jsonl").exists():
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["weights"].keys() != params.keys():
+                raise ValueError("its weights are those of another adapter")
+            for name, p in params.items():
+                p.data.copy_(saved["weights"][name])
+            optimizer.load_state_dict(saved["optimizer"])
+            state = {key: saved[key] for key in state}
+        except Exception as error:  # torn files end in errors of many kinds
+            raise UserError(
+                f"{path} cannot be resumed from ({first_line(error)}); start anew, or from "
+                f"its adapter with --adapter {run}."
+            ) from None
+    if rank_and_world()[0] == 0 and (run / "metrics.jsonl").exists():
         lines = read_text(run / "metrics.jsonl").splitlines(keepends=True)
-        write_atomically(run / "metrics.jsonl", "".join(lines[:state["step"]]))  # line n is step n
-    return state["step"]
+        write_atomically(run / "metrics.jsonl", "".join(lines[: state["step"]]))  # line n is step n
+        if len(read_rows(run / "metrics.jsonl")) < state["step"]:
+            raise UserError(
+                f"{run / 'metrics.jsonl'} lacks steps that state.pt has taken; start anew."
+            )
+    return state
 
 
-def evaluate(policy: Policy, problems: list[Problem], settings, samples: int = 0, stop: list = ()) -> list[dict]:
-    """One record per problem: the greedy completion and whether it is right, and with `samples` > 0 how many of that
-    many samples at settings.temperature are right. Several processes share the problems."""
-    rank, world = processes()
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))[rank::world]
-    answers: dict[int, list[list[int]]] = {i: [] for i in order}  # the greedy completion, then the samples
-    with bar("evaluating", len(problems) * (1 + samples)) as move:
-        for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
-            width = max(1, settings.batch_rows // count)
-            for start in range(0, len(order), width):
-                chunk = order[start:start + width]
-                prompts = [policy.prompt_ids(problems[i].question) for i in chunk]
-                groups = sample(policy.model, policy.tokenizer, prompts, count, stop=policy.stop,
-                                max_new_tokens=settings.max_new_tokens, temperature=temperature,
-                                rows=settings.batch_rows, seed=settings.seed + start * world + rank)
-                for i, group in zip(chunk, groups):
-                    answers[i] += group
-                move(advance=len(chunk) * count * world)
-                if stop:
-                    raise KeyboardInterrupt
+def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lambda n: None):
+    """One record per problem: the greedy completion and whether it is right, and with `samples` > 0
+    how many of that many samples at settings.temperature are right. Several processes share the
+    problems. `tick` is told after each batch how many answers there are now more."""
+    rank, world = rank_and_world()
+    prompts = [policy.prompt_ids(problem.question) for problem in problems]
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))[rank::world]
+    answers: dict[int, list] = {i: [] for i in order}  # the greedy completion, then the samples
+    entropies: dict[int, list[float]] = {}
+    for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
+        width = max(1, settings.batch_rows // count)
+        for start in range(0, len(order), width):
+            chunk = order[start : start + width]
+            groups, stats, _ = sample(
+                policy.model,
+                policy.tokenizer,
+                [prompts[i] for i in chunk],
+                count,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature,
+                stop=policy.stop,
+                rows=settings.batch_rows,
+                seed=settings.seed + start * world + rank,
+                with_stats=True,
+            )
+            for i, group, rows in zip(chunk, groups, stats):
+                answers[i] += group
+                entropies.setdefault(i, rows[0])
+            tick(len(chunk) * count * world)
     records = []
     for i, (greedy, *sampled) in answers.items():
         text, problem = policy.text(greedy), problems[i]
-        records.append({
-            "index": i, **asdict(problem), "completion": text, "correct": policy.reward(problem, greedy) == 1,
-            "length": len(greedy), "truncated": not policy.finished(greedy), "samples": len(sampled),
-            "samples_correct": sum(policy.reward(problem, completion) == 1 for completion in sampled),
-            **({"metric": policy.metric(text, problem.answer)} if policy.metric else {})})
-    return sorted(sum(gather(records), []), key=lambda record: record["index"])
+        record = {"index": i, **asdict(problem), "completion": text}
+        record["correct"] = is_right(policy.reward(problem, greedy))
+        record["length"], record["truncated"] = len(greedy), not policy.finished(greedy)
+        record["entropy"] = sum(entropies[i]) / len(entropies[i])
+        right = [is_right(policy.reward(problem, completion)) for completion in sampled]
+        record["samples"], record["samples_correct"] = len(right), sum(right)
+        if policy.metric:
+            record["metric"] = policy.metric(text, problem.answer)
+        records.append(record)
+    return sorted(gather(records), key=lambda record: record["index"])
+
+
+def validate(policy, held_out, settings) -> float:
+    """The share of `held_out` that the greedy answer solves."""
+    records = evaluate(policy, held_out, settings)
+    return sum(record["correct"] for record in records) / len(records)
+
+
+# ---- 7. Views: what is known, as tables and text (the consoles take no text for markup) ----------
+
+
+def say_command(prefix: str, command: str) -> None:
+    """Print a command so that it can be pasted: no line break gets into it."""
+    console.print(prefix + command, soft_wrap=True)
+
+
+def memory_name(device) -> str:
+    return "VRAM" if str(device).startswith("cuda") else "memory"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size else "-"
+
+
+def right_aligned(headers: list[str], rows: list[tuple[str, ...]], title: str = "") -> Table:
+    """A table whose columns are aligned right, but for the first."""
+    numbers = [Column(header, justify="right") for header in headers[1:]]
+    table = Table(headers[0], *numbers, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def accuracy(records: list[dict]) -> float:
+    return fmean(record["correct"] for record in records)
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -1264,59 +2020,423 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mcnemar(before: list[bool], after: list[bool]) -> float:
-    """Exact two-sided p-value that the same problems are solved as often after as before (McNemar 1947)."""
-    mended = sum(b < a for b, a in zip(before, after))
-    broken = sum(b > a for b, a in zip(before, after))
-    tail = sum(math.comb(mended + broken, k) for k in range(min(mended, broken) + 1)) / 2 ** (mended + broken)
-    return min(1.0, 2 * tail)
+def mcnemar(before: list, after: list) -> float:
+    """Exact two-sided p that as many rise as fall (McNemar 1947; for numbers the sign test)."""
+    rising = sum(b < a for b, a in zip(before, after))
+    changed = rising + sum(b > a for b, a in zip(before, after))
+    tail = sum(math.comb(changed, k) for k in range(min(rising, changed - rising) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted p-values: the chance of any false one up to 0.05 is at most 0.05 (Holm 1979)."""
+    adjusted, reached, left = p_values[:], 0.0, len(p_values)
+    for i in sorted(range(left), key=p_values.__getitem__):
+        adjusted[i] = reached = max(reached, min(1.0, left * p_values[i]))
+        left -= 1
+    return adjusted
 
 
 def pass_at_k(total: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from `total` samples (Chen et al. 2021, arXiv 2107.03374)."""
+    """Chance that one of k samples is right, given `total` (Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(total - right, k) / math.comb(total, k)
 
 
-# ---- 7. Command line: typer commands, rich tables -------------------------------------------------------------
+CURVES = {  # of a step: how the live table writes it ("": not at all), and what it is
+    "reward": ("{:6.3f}", "mean reward of the completions"),
+    "accuracy": ("", "share of the completions that are right"),
+    "validation": ("{:10.1%}", "share of the validation problems that are right"),
+    "signal": ("{:6.0%}", "share of the groups whose rewards differ"),
+    "distinct": ("", "share of a group's completions that are distinct"),
+    "entropy": ("{:7.3f}", "entropy, nats a token"),
+    "kl": ("{:6.4f}", "KL between the policies before and after, nats a token"),
+    "length": ("{:6.0f}", "length of a completion, tokens"),
+    "trained": ("{:7.1%}", "share of the generated tokens that is trained"),
+    "rollout_s": ("{:6.1f}", "time for the rollout, s"),
+    "update_s": ("{:5.1f}", "time for the update, s"),
+    "memory": ("{:5.3g}G", "peak memory, GiB"),
+}
 
-app = typer.Typer(help="Teach a language model to reason with reinforcement learning on a few sampled tokens.",
-                  no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
+
+def curve_values(row: dict) -> dict:
+    """A row of metrics.jsonl with all that CURVES names, as far as the run has it."""
+    trained = row["tokens_trained"] / row["tokens_generated"]
+    return row | {"trained": trained, "memory": row["peak_memory"] / 2**30}
+
+
+@contextlib.contextmanager
+def live_table(steps: int, memory: str, validating: bool = False):
+    """Yields show(row of metrics, note=None), which prints a line; on a terminal the last note, the
+    titles and a progress bar stay below. Of the columns, those that fit are shown."""
+    titles = {"rollout_s": "roll s", "update_s": "upd s", "memory": memory}
+    room = min(79, console.width) if console.is_terminal else 79
+    header, columns = "step", []
+    for name, (form, _) in CURVES.items():
+        title = " " + titles.get(name, name).rjust(len(form.format(0)))
+        wanted = form and (validating or name != "validation")
+        if wanted and len(header + title) <= room:
+            header, columns = header + title, [*columns, name]
+    progress, head, below = Progress(console=console), Text(header, "bold"), Group()
+    task = progress.add_task("training", total=steps)
+    live = Live(progress, console=console) if console.is_terminal else None
+
+    def show(row: dict, note=None) -> None:
+        nonlocal below
+        below = note or below
+        values = curve_values(row)
+        line = ("!" * row["skipped"] + str(row["step"])).rjust(4)
+        for name in columns:
+            form, value = CURVES[name][0], values.get(name)
+            line += " " + ("" if value is None else form.format(value)).rjust(len(form.format(0)))
+        progress.update(task, completed=row["step"])
+        console.print(Text(line, "red" if row["skipped"] else ""), soft_wrap=not live)
+        if live:
+            live.update(Group(head, below, progress), refresh=True)
+        elif note:
+            console.print(note)
+
+    console.print(head, soft_wrap=True)
+    with live or contextlib.nullcontext():
+        yield show
+
+
+def completion_note(problem: Problem, text: str, reward: float, step: int) -> Table:
+    """One sampled completion with its question, reference and reward; long texts are cut."""
+    note = Table.grid(padding=(0, 2, 0, 0))
+    texts = {"question": problem.question, "completion": text, "reference": problem.answer}
+    for name, value in texts.items():
+        lines = [x for line in value.splitlines() for x in textwrap.wrap(line, 64) or [""]]
+        note.add_row(name, "\n".join(lines[:10] + ["\u2026"] * (len(lines) > 10)))
+    note.add_row("reward", f"{reward:g} (a sample of step {step})")
+    return note
+
+
+def training_summary(rows: list[dict], memory: str) -> str:
+    rollout_s, update_s = (fmean(row[key] for row in rows) for key in ("rollout_s", "update_s"))
+    generated = sum(row["tokens_generated"] for row in rows)
+    trained = sum(row["tokens_trained"] for row in rows)
+    peak = gigabytes(max(row["peak_memory"] for row in rows))
+    return (
+        f"{len(rows)} steps, training time {len(rows) * (rollout_s + update_s) / 60:.1f} min "
+        f"(a step: rollout {rollout_s:.2f} s, update {update_s:.2f} s), {generated:,} tokens "
+        f"generated and {trained:,} trained ({trained / generated:.1%}), peak {memory} {peak}"
+    )
+
+
+MEASURES = {  # of an evaluation: key of a record, how a mean is written, which direction is worse
+    "accuracy (greedy)": ("correct", ".1%", -1),
+    "truncated": ("truncated", ".1%", 1),
+    "length, tokens": ("length", ".1f", 0),  # neither is good or bad as long as the two above stay
+    "entropy, nats": ("entropy", ".3f", 0),
+    "mean of --metric": ("metric", ".3f", 0),
+}
+
+
+def by_type(records: list[dict]) -> dict[str, list[dict]]:
+    """The records of each type, where there are several and few enough for a table."""
+    kinds = sorted({record["type"] for record in records})
+    few = kinds if 1 < len(kinds) <= 20 else []
+    return {kind or "no type": [r for r in records if r["type"] == kind] for kind in few}
+
+
+def policy_column(records: list[dict], first: list[dict]) -> dict[str, str]:
+    """{label: cell} for one policy; differences and p are to the records of the first policy."""
+    right, total = sum(record["correct"] for record in records), len(records)
+    low, high = wilson(right, total)
+    column = {"accuracy (greedy)": f"{right / total:.1%}  ({right}/{total})"}
+    column["95 % interval"] = f"{low:.1%} to {high:.1%}"
+    if records is not first:
+        before, after = ([record["correct"] for record in each] for each in (first, records))
+        column["difference, paired"] = f"{100 * (fmean(after) - fmean(before)):+.1f} points"
+        column["p (exact McNemar)"] = f"{mcnemar(before, after):.2g}"
+    if count := records[0]["samples"]:
+        sampled = [record["samples_correct"] for record in records]
+        column["accuracy (sampled)"] = f"{fmean(sampled) / count:.1%}"
+        for k in sorted({2**i for i in range(1, 8) if 2**i < count} | {count}):
+            column[f"pass@{k}"] = f"{fmean(pass_at_k(count, c, k) for c in sampled):.1%}"
+    for label, (key, form, _) in MEASURES.items():
+        values = [record.get(key) for record in records]
+        if label not in column and None not in values:
+            column[label] = f"{fmean(values):{form}}"
+    start = by_type(first)
+    for kind, own in by_type(records).items():
+        gain = f"  {100 * (accuracy(own) - accuracy(start[kind])):+.1f}" * (records is not first)
+        column[f"{kind} ({len(own)})"] = f"{accuracy(own):.1%}{gain}"
+    return column
+
+
+def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
+    """One column per policy, compared with the first. Names that do not fit stand below."""
+    base, *names = results
+    columns = [policy_column(records, results[base]) for records in results.values()]
+    labels = dict.fromkeys(label for column in reversed(columns) for label in column)
+    rows = [(label, *(column.get(label, "") for column in columns)) for label in labels]
+    table = right_aligned(["", *results], rows, title)
+    if console.measure(table, options=console.options.update(width=9999)).maximum <= console.width:
+        return table
+    numbers = [f"({number})" for number, _ in enumerate(names, 1)]
+    table = right_aligned(["", base, *numbers], rows, title)
+    table.caption = "\n".join(f"{number} {name}" for number, name in zip(numbers, names))
+    table.caption_justify = "left"
+    return table
+
+
+def changes(results: dict[str, list[dict]], most: int) -> Iterator[Table | str]:
+    """Answers in full beside those of the first policy: what each other one mended, what it broke
+    and what stayed wrong, at most `most` of each."""
+    (base, before), *others = results.items()
+    kinds = {"mended": (False, True), "broken": (True, False), "still wrong": (False, False)}
+    for name, after in others:
+        for kind, right in kinds.items():
+            both = zip(before, after)
+            pairs = [(b, a) for b, a in both if (b["correct"], a["correct"]) == right]
+            yield f"\n{name} against {base}: {len(pairs)} {kind}"
+            for pair in pairs[:most]:
+                table = Table(Column(base, ratio=1), Column(name, ratio=1), expand=True)
+                table.title_justify, table.title_style = "left", "bold"
+                table.title = f"{pair[0]['question']}\nreference: {pair[0]['answer']}"
+                table.add_row(*(r["completion"] + " (cut off)" * r["truncated"] for r in pair))
+                yield table
+            if len(pairs) > most:
+                yield f"{len(pairs) - most} more {kind}; --output FILE has all"
+
+
+def drift_table(then: list[dict], now: list[dict]) -> tuple[Table, bool]:
+    """Compares two evaluations on the questions that both have, in all and by type, by paired exact
+    tests with Holm's adjustment: (table, whether anything is worse at 0.05)."""
+    known = {(record["question"], record["answer"]): record for record in then}
+    asked = [record for record in now if (record["question"], record["answer"]) in known]
+    if not asked:
+        raise UserError("There is nothing to compare: the two evaluations share no question.")
+    found, rows, worse = [], [], False
+    for group, own in [("all", asked), *by_type(asked).items()]:
+        old = [known[record["question"], record["answer"]] for record in own]
+        for name, (key, form, bad) in MEASURES.items():
+            before, after = ([record.get(key) for record in each] for each in (old, own))
+            if None not in before + after:
+                # Rounded, because another machine computes the same entropy a little differently.
+                p = mcnemar([round(x, 3) for x in before], [round(x, 3) for x in after])
+                means = fmean(before), fmean(after)
+                found.append((f"{group} ({len(own)}): {name}", *means, form, bad, p))
+    adjusted = holm([p for *_, p in found])
+    for (label, before, after, form, bad, _), p in zip(found, adjusted):
+        fault = (after - before) * bad > 0 and p <= 0.05
+        arrow = ("\u2191" if after > before else "\u2193") * (p <= 0.05) + " worse" * fault
+        rows.append((label, f"{before:{form}}", f"{after:{form}}", f"{p:.2g}", arrow))
+        worse = worse or fault
+    title = f"{len(asked)} of {len(now)} questions are those of the run's own evaluation"
+    return right_aligned(["", "then", "now", "p (Holm)", ""], rows, title), worse
+
+
+def method_rule(method: str, function: Callable, alpha: int, p: float, k: int | None) -> str:
+    """What a method trains, in words; of a FILE.py:function, what its docstring says first."""
+    cap = f" (at most {k} in all)" if k else ""
+    rules = {
+        "grpo": "all tokens, each by its completion's reward against the group's mean",
+        "s-grpo": f"as grpo, but on tokens drawn at random: the first {alpha} of each completion, "
+        f"each later one with probability {p:g}{cap}; shared beginnings count once",
+        "t-spmo": "where completions part: mean reward with the token, minus that before it",
+    }
+    said = (function.__doc__ or "").strip() or getattr(function, "__name__", method)
+    return rules.get(method) or said.split("\n")[0].rstrip(".")
+
+
+def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods: dict) -> Iterator:
+    """What `inspect` shows of a group: the problem, the credit on each completion for each method
+    (name: its rule, its weights of nodes), the branch points."""
+    trie, problem = Trie(rollout.completions), rollout.problem
+    yield f"Problem: {problem.question}\nAnswer: {problem.answer}"
+    yield (
+        f"{sum(map(len, trie.paths))} tokens are {len(trie.tokens)} nodes: a node is one token "
+        "after one exact beginning, shared by the completions through it.\nThe trained ones are "
+        "marked [+more likely] or [-less likely], up to +++."
+    )
+    if not rollout.has_signal:
+        yield Text("All rewards are equal, so no method learns anything from this group.", "yellow")
+    for name, (rule, weights) in methods.items():
+        told = f": {rule}. {len(weights)} of {len(trie.tokens)} nodes are trained."
+        yield Text.assemble((f"\n{name}", "bold"), told)
+        rows = zip(trie.paths, rollout.rewards, finished)
+        for number, (path, reward, ended) in enumerate(rows, 1):
+            credit, mark = credit_text(decode, trie, path, weights), "" if ended else " (cut off)"
+            yield Text.assemble((f"{number:2}  reward {reward:g}  ", "bold"), credit, mark)
+    yield branch_table(decode, trie, rollout.rewards)
+
+
+def one_line(decode: Callable, trie: Trie, nodes: list[int]) -> str:
+    return decode([trie.tokens[node] for node in nodes]).replace("\n", "\u21b5")
+
+
+def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int, float]) -> Text:
+    """One completion: trained tokens in brackets with one to three signs for their share of the
+    largest weight, runs of equal strength together; the others dim."""
+    most, text = max(map(abs, weights.values()), default=0) or 1.0, Text()
+
+    def signs(node: int) -> str:
+        weight = weights.get(node, 0.0)
+        return ("+" if weight > 0 else "-") * math.ceil(3 * abs(weight) / most - 1e-6)
+
+    for marks, run in groupby(path, signs):
+        words = one_line(decode, trie, run)
+        color = ("green" if "+" in marks else "red") + " bold" * (len(marks) == 3)
+        text.append(*((f"[{marks}{words}]", color) if marks else (words, "dim")))
+    return text
+
+
+def branch_table(decode: Callable, trie: Trie, rewards: list[float]) -> Table:
+    """The branch points that most completions pass, each with its ways to go on."""
+    ways = defaultdict(lambda: defaultdict(list))  # node: next node: rewards of the completions
+    for path, reward in zip(trie.paths, rewards):
+        for node, following in pairwise([-1, *path]):
+            ways[node][following].append(reward)
+    points = [node for node in ways if len(ways[node]) > 1]
+    points.sort(key=lambda node: -sum(map(len, ways[node].values())))
+    table = Table(
+        "after",
+        "comes (completions, their mean reward)",
+        title="\nbranch points",
+        title_justify="left",
+    )
+    for point in points[:8]:
+        path = next((path for path in trie.paths if point in path), [])
+        before = path[: trie.depths[point] + 1][-6:] if path else []
+        comes = ""
+        for node, own in ways[point].items():
+            comes += f'"{one_line(decode, trie, [node])}" ({len(own)}, {fmean(own):.2f})  '
+        table.add_row(one_line(decode, trie, before) or "(the prompt)", comes)
+    return table
+
+
+def curves_of(runs: dict[str, tuple[list, list]], what: str) -> tuple[dict, list[str]]:
+    """({label: curve of (step, value)}, sentences on runs without one), from the rows of each run's
+    metrics.jsonl and eval.jsonl. UserError if none has one."""
+    curves, lacking = {}, []
+    for run, (rows, records) in runs.items():
+        points = [(row["step"], curve_values(row).get(what)) for row in rows]
+        phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
+        gain = " \u2192 ".join(f"{accuracy(phase):.1%}" for phase in phases if all(phases))
+        if curve := [(x, y) for x, y in points if y is not None and math.isfinite(y)]:
+            curves[f"{run}  {gain}".strip()] = curve
+        else:
+            lacking.append(f"{run} has no {what if rows else 'steps yet'}, so it is left out.")
+    if not curves:
+        raise UserError("There is nothing to draw: " + " ".join(lacking))
+    return curves, lacking
+
+
+def smoothed(curves: dict, width: int) -> dict:
+    """Each value replaced by the mean over the last `width` steps."""
+    means = {label: [] for label in curves}
+    for label, curve in curves.items():
+        for i, (step, _) in enumerate(curve, 1):
+            recent = [y for x, y in curve[max(0, i - width) : i] if x > step - width]
+            means[label].append((step, fmean(recent)))
+    return means
+
+
+def draw_curves(curves: dict, every: int, width: int, height: int) -> list[Text]:
+    """Lines of text: the curves over each other, each with a sign and a colour of its own, then
+    what they are, with the last value of each `every` steps."""
+    steps, values = zip(*(point for curve in curves.values() for point in curve))
+    last, low, high = max(steps), min(values), max(values)
+    colors = ("cyan", "magenta", "yellow", "green", "red", "blue", "white", "bright_black")
+    grid, legend = [[(" ", "")] * width for _ in range(height)], []
+    for number, (label, curve) in enumerate(curves.items()):
+        style = ("*o+x#@%="[number % 8], colors[number % 8])
+        for column in range(width):
+            step = 1 + column * (last - 1) / max(1, width - 1)
+            if curve[0][0] <= step <= curve[-1][0]:
+                _, value = min(curve, key=lambda point: abs(point[0] - step))
+                grid[round((high - value) / ((high - low) or 1) * (height - 1))][column] = style
+        told = {(step - 1) // every: f"{value:.3g}" for step, value in curve}
+        legend.append(Text.assemble(style, f" {label}: {' '.join(told.values())}"))
+    middle = high - (high - low) * (height // 2) / (height - 1)
+    labels = {0: f"{high:8.3f}", height // 2: f"{middle:8.3f}", height - 1: f"{low:8.3f}"}
+    lines = [Text.assemble(labels.get(y, " " * 8), "\u2502", *row) for y, row in enumerate(grid)]
+    axis = " " * 8 + "\u2514" + "\u2500" * width + "\n" + " " * 9 + "1" + f"{last}".rjust(width - 1)
+    return [*lines, Text(axis), *legend]
+
+
+def save_picture(curves: dict, means: dict, what: str, path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {path} must end in .png or .svg.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("A picture needs one more package: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, curve) in enumerate(curves.items()):
+        color, escaped = f"C{number}", label.replace("$", r"\$")  # or it would be read as a formula
+        axes.plot(*zip(*curve), color=color, alpha=0.2)
+        axes.plot(*zip(*means[label]), color=color, label=escaped)
+    axes.set(xlabel="step", ylabel=CURVES[what][1])
+    axes.legend()
+    figure.savefig(path)
+
+
+# ---- 9. Command line ----------------------------------------------------------------------------
+
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+METHODS = ("s-grpo", "t-spmo", "grpo")
 
 
-def option(help: str, *names: str, panel: str, **limits):
-    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
+def check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise UserError(f"{name} {value} is not one of {', '.join(choices)}.")
 
 
-Method = Literal["s-grpo", "t-spmo", "grpo"]
-Shown = Literal[Method, "all"]
-Task = Annotated[str, typer.Argument(help="svamp, multiply, or the name of a task that prep made.")]
-DataDir = Annotated[Path, option("Where prepared tasks live.", panel="Data", show_default="data/ beside the script")]
-Model = Annotated[str, option("Hub id, local folder, .gguf file, or demo: the small bundled one. auto: Qwen2-1.5B; "
-                              "for svamp demo, where there is no GPU or that cannot be loaded.", panel="Model")]
-Device = Annotated[str, option("auto, cpu, cuda or mps.", panel="Model")]
-Dtype = Annotated[str, option("auto, float32 or bfloat16.", panel="Model")]
-Prompt = Annotated[str, option("auto, chat, plain (worked examples as Question/Answer), or a file with {question} in "
-                               "it.", panel="Model")]
-Shots = Annotated[int | None, option("Worked examples in a chat or plain prompt.", panel="Model", min=0,
-                                     show_default="all of examples.jsonl")]
-MaxNewTokens = Annotated[int, option("Longest completion, in tokens.", panel="Rollout", min=1)]
-BatchRows = Annotated[int, option("Completions decoded at a time; lower it when memory runs out.", panel="Rollout",
-                                  min=1)]
-Temperature = Annotated[float, option("Samples come from softmax(logits / temperature).", panel="Rollout", min=0.01)]
-Reward = Annotated[str, option("number, exact (as text), regex:PATTERN with {answer} in it, or FILE.py:function, which "
-                               "is given completion and answer.", panel="Data")]
-Metric = Annotated[str, option("A KPI to report beside the reward when evaluating; same forms.", panel="Data")]
-GroupSize = Annotated[int, option("Completions sampled per problem (G), which are compared with each other.",
-                                  panel="Rollout", min=2)]
-Alpha = Annotated[int, option("s-grpo: the first ALPHA tokens are always trained ...", panel="Credit", min=0)]
-P = Annotated[float, option("... and each later one with this probability.", panel="Credit", min=0, max=1)]
-Seed = Annotated[int, option("Fixes the order of problems, the samples and the adapter's start.", panel="Run")]
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+):
+    if version:
+        console.print(f"tokenrl {__version__}")
+        raise typer.Exit()
 
 
-def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
-    """Load what the settings ask for: (policy, train problems, test problems). A named model is never replaced."""
+def own(help: str, default: str | bool = True, flag: str = ""):
+    """An option of one command alone."""
+    return typer.Option(
+        *[flag] * bool(flag), help=help, show_default=default, rich_help_panel="This command"
+    )
+
+
+def asks(command: Callable) -> Callable:
+    """`command(settings, given, own options)` as a typer command: its options are those fields of
+    Settings that name it, and its own. `given` are the names of those on this command line."""
+    name = command.__name__.removesuffix("_command")
+    first = inspect.Parameter
+    keyword = first.KEYWORD_ONLY
+    task = Annotated[str, typer.Argument(help="svamp, multiply, or a task that prep made.")]
+    parameters = [
+        first("context", first.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        first("task", keyword, annotation=task),
+    ]
+    for item in fields(Settings):
+        if name in item.metadata.get("on", ()):
+            kind = Annotated[item.type, item.metadata["info"]]
+            parameters.append(first(item.name, keyword, default=item.default, annotation=kind))
+    mine = list(inspect.signature(command).parameters.values())[2:]
+    parameters += [parameter.replace(kind=keyword) for parameter in mine]
+    known = {item.name for item in fields(Settings)}
+
+    def run(context: typer.Context, **values):
+        settings = Settings(**{key: values.pop(key) for key in known & values.keys()})
+        source = {key: context.get_parameter_source(key).name for key in context.params}
+        check_settings(settings)
+        command(settings, {key for key in known if source.get(key) == "COMMANDLINE"}, **values)
+
+    run.__signature__, run.__doc__ = inspect.Signature(parameters), command.__doc__
+    return run
+
+
+# -- a policy from the settings --
+
+
+def find_policy(settings: Settings) -> tuple[Policy, Task]:
+    """Load what the settings ask for. A model that the user named is never replaced."""
     if settings.model != "auto":
         return load_policy(settings, settings.model)
     reason = "No CUDA GPU in use"
@@ -1325,700 +2445,622 @@ def find_policy(settings) -> tuple[Policy, list[Problem], list[Problem]]:
             return load_policy(settings, DEFAULT_MODEL)
         except Unreachable as error:
             if settings.task != "svamp":
-                raise UserError(f"{error} It was asked for because --model names none; to only try the commands, "
-                                "--model demo is enough.") from None
+                raise UserError(
+                    f"{error} It was asked for because --model names none; to only try the "
+                    "commands, --model demo is enough."
+                ) from None
             reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
-    console.print(f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style problems.\n"
-                  "For the real thing: --model Qwen/Qwen2-1.5B, or --model PATH of a local folder.", style="yellow")
+    console.print(
+        f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
+        f"problems.\nFor the real thing: --model {DEFAULT_MODEL}, or the path of a local folder.",
+        style="yellow",
+    )
     return load_policy(settings, "demo")
 
 
-def load_policy(settings, name: str) -> tuple[Policy, list[Problem], list[Problem]]:
+def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
     """What find_policy returns, with the model of this name, which is put into the settings."""
-    score, metric = reward_function(settings.reward), settings.metric and reward_function(settings.metric)
-    settings.model, task = name, settings.task
-    if is_bundled(name) and not (DATA / "demo").is_dir():
-        raise UserError(f"There is no {DATA / 'demo'}: copy that folder with the script, or name a model with --model.")
-    demo = task == "svamp" and is_bundled(name)  # it has never seen the words of the real SVAMP
-    if task == "svamp" and not demo and not (settings.data_dir / task / "train.jsonl").exists():
+    settings.model, bundled = name, is_bundled(name)
+    if bundled and not (DATA / "demo").is_dir():
+        raise UserError(f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
+    demo = settings.task == "svamp" and bundled  # it has never seen the words of the real SVAMP
+    if settings.task == "svamp" and not demo and not (settings.data_dir / "svamp").is_dir():
         console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
         write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
-    where = ("demo", DATA) if demo else (task, settings.data_dir)
-    train_set, test_set, examples = load_task(*where, numeric=settings.reward == "number")
-    if not demo:
+    where = ("demo", DATA) if demo else (settings.task, settings.data_dir)
+    task = load_task(*where, numeric=settings.reward == "number")
+    score = reward_function(settings.reward, task.decimal)
+    metric = reward_function(settings.metric, task.decimal) if settings.metric else None
+    if not bundled:
         console.print(f"Loading {name} ...")
-    small = is_bundled(name) and settings.device == "auto" and pick_device("auto") == "mps"
-    model, tokenizer = load_model(name, "cpu" if small else settings.device, settings.dtype)
-    check_packing(model, tokenizer)
+    device = settings.device
+    if bundled and device == "auto" and pick_device("auto") == "mps":
+        device = "cpu"  # faster for so small a model
+    model, tokenizer = load_model(name, device, settings.dtype)
+    check_model(model, tokenizer)
     form = choose_prompt(settings.prompt, model, tokenizer)
     if settings.shots and form not in ("chat", "plain"):
-        raise UserError("--shots needs a chat or plain prompt: a template holds its own worked examples.")
-    return Policy(model, tokenizer, form, examples[:settings.shots], score, metric), train_set, test_set
+        raise UserError("--shots needs a chat or plain prompt: a template holds its own examples.")
+    examples = task.examples[: settings.shots]
+    return Policy(model, tokenizer, form, examples, score, metric, settings.stop), task
 
 
-@app.command()
-def prep(
-    what: Annotated[str, typer.Argument(help="svamp, multiply, or a CSV or JSONL file of yours.", metavar="TASK|FILE")],
-    source: Annotated[Path | None, option("SVAMP.json on this machine instead of a download.", panel="Data")] = None,
-    digits: Annotated[str, option("multiply: digits of both numbers (3), or of each (2x1).", panel="Data")] = "2",
-    count: Annotated[int, option("multiply: how many problems.", panel="Data", min=2)] = 1000,
-    question: Annotated[str, option("FILE: column that holds the question.", panel="Data")] = "question",
-    answer: Annotated[str, option("FILE: column that holds the answer.", panel="Data")] = "answer",
-    reward: Reward = "number",
-    name: Annotated[str, option("Name of the task.", panel="Data", show_default="svamp, multiply, or the file's")] = "",
-    test_share: Annotated[float, option("Share held out for the test.", panel="Data", min=0.01, max=0.99)] = 0.3,
-    seed: Annotated[int, option("Fixes the split and the generated problems.", panel="Data")] = 0,
-    data_dir: DataDir = DATA,
-):
-    """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
-    reward_function(reward)  # a wrong one would be found only in training
-    rejected: dict[str, list[int]] = {}
-    if what == "svamp":
-        problems = svamp_problems(source)
-    elif what == "multiply":
-        problems = multiply_problems(digits, count, seed)
-    else:
-        problems, rejected = file_problems(Path(what), question, answer, reward == "number")
-    name = name or Path(what).stem
-    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in {"demo", "svamp", "multiply"} - {what}:
-        raise UserError(f"{name!r} cannot be a task's name; choose another with --name (letters, digits, - and _).")
-    examples = MULTIPLY_EXAMPLES if what == "multiply" else STORY_EXAMPLES
-    for reason, lines in rejected.items():
-        console.print(f"rejected: {reason}: {len(lines):,} (line {', '.join(map(str, lines[:8]))}"
-                      f"{', ...' * (len(lines) > 8)})")
-    kept = (data_dir / name / "examples.jsonl").exists()
-    train_size, test_size = write_task(name, problems, examples, test_share, seed, data_dir)
-    console.print(right_aligned([name, ""], [
-        ("read", f"{len(problems) + sum(map(len, rejected.values())):,}"),
-        ("train", f"{train_size:,}"), ("test", f"{test_size:,}"),
-        *[("worked examples", "kept as they were")] * kept]))
-    more = "" if reward == "number" else f" --reward {shlex.quote(reward)}"
-    console.print(f"Next: python tokenrl.py train {name}{more}{data_dir_option(data_dir)}")
+# -- a run's folder: runs/NAME --
 
 
-def data_dir_option(data_dir: Path) -> str:
-    """What the command lines that we print for the user must add."""
-    return "" if data_dir == DATA else f" --data-dir {shlex.quote(data_dir.as_posix())}"
-
-
-@app.command(name="train")
-def train_command(
-    context: typer.Context,
-    task: Task,
-    method: Annotated[Method, option("Which tokens are trained, with what credit.", panel="Credit")] = "s-grpo",
-    alpha: Alpha = 4, p: P = 0.3,
-    on_prob: Annotated[bool, option("t-spmo: weight * pi instead of weight * log pi.", "--on-prob/--on-log-prob",
-                                    panel="Credit")] = True,
-    replay: Annotated[int, option("Extra groups a step, sampled from inside completions.", panel="Credit", min=0)] = 0,
-    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
-    lora_rank: Annotated[int, option("Rank of the LoRA matrices.", panel="Model", min=1)] = 16,
-    lora_alpha: Annotated[float, option("LoRA's scale; the update is multiplied by alpha / rank.", panel="Model")] = 32,
-    lora_targets: Annotated[str, option("Modules that get LoRA, with commas.", panel="Model")] = "q_proj,v_proj",
-    lora_layers: Annotated[float, option("Share of the layers, from the last, that get LoRA.", panel="Model",
-                                         min=0.001, max=1, show_default="1/3")] = 1 / 3,
-    prompts_per_step: Annotated[int, option("Problems asked per step.", panel="Rollout", min=1)] = 8,
-    group_size: GroupSize = 8,
-    max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
-    steps: Annotated[int, option("Training steps.", panel="Update", min=1)] = 100,
-    lr: Annotated[float | None, option("Peak learning rate; warms up, then decays.", panel="Update", min=0,
-                                       show_default="5e-4; 3e-3 for the bundled model")] = None,
-    beta: Annotated[float, option("Weight of the KL to the model without adapter.", panel="Update", min=0)] = 0.0,
-    l2: Annotated[float, option("L2 penalty on the LoRA matrices.", "--l2", panel="Update", min=0)] = 0.0,
-    max_pack_tokens: Annotated[int, option("Tokens in one forward pass of the update, the part of the prompt that all "
-                                           "share not counted; less needs less memory.", panel="Update", min=1)] = 1024,
-    checkpointing: Annotated[bool, option("Compute activations again in the backward pass: less memory, more time.",
-                                          "--checkpointing", panel="Update")] = False,
-    max_grad_norm: Annotated[float, option("Gradients are clipped to this norm, unless 0.", panel="Update",
-                                           min=0)] = 1.0,
-    name: Annotated[str, option("The run's folder in runs/; NAME-2, -3 where that is taken.", panel="Run",
-                                 show_default="TASK-METHOD")] = "",
-    resume: Annotated[Path | None, option("Continue the run in this folder.", panel="Run")] = None,
-    save_every: Annotated[int, option("Steps between saves.", panel="Run", min=1)] = 10,
-    eval_problems: Annotated[int, option("Test problems asked before and after; 0 for all.", panel="Run", min=0)] = 0,
-    eval_samples: Annotated[int, option("Also draw this many samples of each, for pass@k.", panel="Run", min=0)] = 0,
-    dry_run: Annotated[bool, option("Only take one worst-case step and one evaluation batch, and say what memory they "
-                                    "took.", "--dry-run", panel="Run")] = False,
-    reward: Reward = "number", metric: Metric = "", seed: Seed = 0, data_dir: DataDir = DATA,
-):
-    """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
-    settings = SimpleNamespace(**{k: v for k, v in context.params.items() if k not in ("resume", "dry_run", "name")})
-    if resume:
-        resume_settings(settings, resume, on_command_line(context))
-    settings.device = join_processes(settings.device)
-    policy, train_set, test_set = find_policy(settings)
-    if settings.lr is None:  # small models need larger steps
-        settings.lr = 3e-3 if is_bundled(settings.model) else 5e-4
-    torch.manual_seed(settings.seed)
-    policy.model = add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
-                            settings.lora_layers, settings.checkpointing)
-    longest = max(train_set + test_set, key=lambda problem: len(problem.question))
-    check_length(base_of(policy.model).config, len(policy.prompt_ids(longest.question)) + settings.max_new_tokens)
-    if dry_run:
-        show_dry_run(policy, train_set, test_set[:settings.eval_problems or None], settings)
-        return leave_processes()
-    run = resume or gather(main_process() and new_run(name or f"{task}-{settings.method}", settings))[0]
-    show_start(policy, settings, run, train_set, test_set)
-    train_and_compare(policy, train_set, test_set[:settings.eval_problems or None], settings, run)
-    leave_processes()
-
-
-def join_processes(device: str) -> str:
-    """Under torchrun, connect the processes and let only the first one speak; returns the device of this process."""
-    if "LOCAL_RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":  # some clusters set one of them
-        return device
-    device = pick_device(device)
-    if device.startswith("cuda"):
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")  # refused where there are fewer GPUs than processes
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    console.quiet = not main_process()
-    return device
-
-
-def leave_processes() -> None:
-    """Under torchrun, end this process once all have come here. Not by way of the interpreter's own end, where gloo's
-    threads abort some runs that have succeeded (pytorch issue 190489)."""
-    if processes()[1] > 1:
-        torch.distributed.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def train_and_compare(policy: Policy, train_set, test_set, settings, run: Path) -> None:
-    device, task, folder = str(base_of(policy.model).device), settings.task, shlex.quote(run.as_posix())
-    again = f"Continue with: python tokenrl.py train {task} --resume {folder}"
-    with catch_signals(again) as stop:
-        base = evaluate_once(policy, test_set, settings, run, "base", stop)
-        console.print(f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)")
-        if (cut := sum(record["truncated"] for record in base) / len(base)) > 0.5:
-            console.print(f"{cut:.0%} were cut off at {settings.max_new_tokens} tokens, which counts as wrong: unless "
-                          "that is what it shall learn, raise --max-new-tokens.", style="yellow")
-        with live_table(settings.steps, device) as show:
-            for metrics in train(policy, train_set, settings, run, stop):
-                show(metrics)
-        if any(gather(bool(stop))):
-            console.print(f"Stopped and saved. {again}")
-            raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
-        trained = evaluate_once(policy, test_set, settings, run, "trained", stop)
-    rows = [row for _, row in read_rows(run / "metrics.jsonl")]
-    console.print(comparison_table({"base": base, "trained": trained}, f"{task}, {settings.method}, {run}"))
-    console.print(training_summary(rows, device))
-    console.print(f"Adapter: {run}   Ask it again: python tokenrl.py eval {task} --adapter {folder}"
-                  + data_dir_option(settings.data_dir))
-
-
-def saved_settings(run: Path) -> dict:
-    """The settings in a run's config.json; empty if there is none."""
-    path = run / "config.json"
+def read_json(path: Path) -> dict:
     try:
-        saved = json.loads(read_text(path)).get("settings", {}) if path.exists() else {}
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is not the config.json of a run.") from None
-    return {key: Path(value) if key == "data_dir" else value for key, value in saved.items()}
+        found = json.loads(read_text(path))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object, as the file of a run must be.")
+    return found
+
+
+def run_settings(run: Path) -> dict:
+    """The settings in a run's config.json, of the right types; empty if there is none."""
+    path = run / "config.json"
+    saved = read_json(path).get("settings") if path.exists() else {}
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no settings of a run.")
+    known = {key: saved[key] for key in asdict(Settings()).keys() & saved.keys()}
+    if isinstance(known.get("data_dir"), str):
+        known["data_dir"] = Path(known["data_dir"])
+    try:
+        check_settings(Settings(**known))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return known
 
 
 def adapter_settings(run: Path) -> dict:
-    """What is known of an adapter: its run's settings (which alone name a .gguf file), at the least its base model."""
-    try:
-        model = json.loads(read_text(run / "adapter_config.json"))["base_model_name_or_path"]
-    except (UserError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run} holds no adapter (adapter_config.json and adapter_model.safetensors).") from None
-    return {"model": str(model or "a model that it does not name")} | saved_settings(run)
+    """What is known of an adapter: its run's settings, at the least its base model."""
+    if not (run / "adapter_config.json").is_file():
+        raise UserError(f"{run} holds no adapter (no adapter_config.json).")
+    model = read_json(run / "adapter_config.json").get("base_model_name_or_path")
+    return {"model": str(model or "a model that it does not name")} | run_settings(run)
 
 
-def ask_as_trained(settings, run: Path, explicit: set[str]) -> None:
-    """Take over the settings with which a run's adapter was trained, where the command line says nothing else."""
-    own = adapter_settings(run)
-    of_this_machine = {"task", "data_dir", "device", "dtype", "batch_rows", "seed"}
-    for key in vars(settings).keys() & own.keys() - explicit - of_this_machine:
-        setattr(settings, key, own[key])
+def refuse_foreign_code(settings: Settings, given: set[str], run: Path) -> None:
+    """A FILE.py is run only where this command line names it: a run's folder may be a stranger's."""
+    for key in ("reward", "metric", "method"):
+        value = getattr(settings, key)
+        if is_code(value) and key not in given:
+            raise UserError(
+                f"{run} was made with code from {value}; if you trust it, say so again: "
+                f"--{key} {shlex.quote(value)}"
+            )
 
 
-def resume_settings(settings, run: Path, explicit: set[str]) -> None:
-    """Take the run's own settings; what was given on the command line now must agree with them."""
-    saved = saved_settings(run)
+def ask_as_trained(settings: Settings, given: set[str], run: Path, on: str) -> None:
+    """Take over the settings with which a run's adapter was trained, where this call of the command
+    `on` says nothing else."""
+    here = {"task", "data_dir", "device", "dtype", "batch_rows", "seed"}
+    for key, value in adapter_settings(run).items():
+        item = Settings.__dataclass_fields__[key]
+        if on in item.metadata.get("on", ()) and key not in given | here:
+            setattr(settings, key, value)
+    if on != "inspect":
+        settings.method = Settings.method
+    refuse_foreign_code(settings, given, run)
+
+
+def resume_settings(settings: Settings, given: set[str], run: Path) -> Settings:
+    """The run's own settings; what this command line says must agree with them, but for what is of
+    the machine: the data may have moved, the memory have run out."""
+    saved = run_settings(run)
     if not saved:
         raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
-    for key in explicit & {"data_dir", "device", "batch_rows", "max_pack_tokens", "checkpointing", "save_every"}:
-        saved.pop(key, None)  # the data may have moved, the memory have run out; the method stays the same
-    if differing := [key for key in sorted(explicit & saved.keys()) if vars(settings)[key] != saved[key]]:
-        raise UserError("--resume continues a run with its own settings (start a new one for others); these differ: "
-                        + ", ".join(f"{key} was {saved[key]}, now {vars(settings)[key]}" for key in differing))
-    vars(settings).update(saved)
+    if lacking := asdict(settings).keys() - saved.keys():
+        raise UserError(
+            f"{run} is of an earlier version (its config.json lacks {min(lacking)}): evaluate it, or "
+            f"go on from it with --adapter {run}."
+        )
+    again = Settings(**saved)
+    machine = {"data_dir", "device", "batch_rows", "max_pack_tokens", "checkpointing", "save_every"}
+    for key in sorted(given):
+        if key in machine:
+            setattr(again, key, getattr(settings, key))
+        elif getattr(settings, key) != getattr(again, key):
+            raise UserError(
+                f"--resume continues a run with its own settings, and --{key.replace('_', '-')} was "
+                f"{getattr(again, key)}; start a new run for {getattr(settings, key)}."
+            )
+    if settings.task != again.task:
+        raise UserError(f"{run} was trained on {again.task}, not on {settings.task}.")
+    refuse_foreign_code(again, given, run)
+    return again
 
 
-def on_command_line(context: typer.Context) -> set[str]:
-    return {key for key in context.params if context.get_parameter_source(key).name == "COMMANDLINE"}
+def fingerprint(task: Task) -> str:
+    """Of a task's problems: a run must go on with those that it began with."""
+    rows = [asdict(problem) for problem in task.train + task.test]
+    return hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
 
 
-def new_run(name: str, settings) -> Path:
-    """runs/NAME, or runs/NAME-2, -3, ... where that is taken; settings and versions are written into it."""
+def new_run(name: str, settings: Settings, task: Task) -> Path:
+    """runs/NAME, or runs/NAME-2, -3, ... where that is taken, with config.json in it."""
     run, number = Path("runs") / name, 2
     while run.exists():
         run, number = Path("runs") / f"{name}-{number}", number + 1
     run.mkdir(parents=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    config = {"settings": vars(settings), "versions": versions}
-    write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")  # paths as text
+    versions = {"tokenrl": __version__, "torch": torch.__version__, "peft": peft.__version__}
+    versions["transformers"] = transformers.__version__
+    config = {"settings": asdict(settings), "versions": versions, "data": fingerprint(task)}
+    write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
+
+
+def check_run(run: Path, task: Task) -> None:
+    """Refuse to resume what cannot be continued to the same numbers."""
+    if read_json(run / "config.json").get("data") != fingerprint(task):
+        raise UserError(
+            f"The data of the task are not those that {run} was trained on: prepare them as before, "
+            f"or start a new run from it with --adapter {run}."
+        )
+    if not (run / "state.pt").exists():
+        if (run / "adapter_model.safetensors").exists():
+            raise UserError(f"{run} has an adapter but no state.pt, so it cannot be resumed.")
+        console.print(f"{run} was ended before its first save: it starts at step 0.")
+
+
+@contextlib.contextmanager
+def locked(run: Path):
+    """One process at a time writes into a run. The system lets go of the lock of one that dies."""
+    lock = filelock.FileLock(run / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"Another process is training {run}; wait for it, or end it.") from None
+    with lock:
+        yield
+
+
+# -- train --
+
+
+@app.command("train", epilog="Example: python tokenrl.py train svamp --method t-spmo --steps 50")
+@asks
+def train_command(
+    settings: Settings,
+    given: set[str],
+    name: Annotated[str, own("Folder in runs/.", "TASK-METHOD")] = "",
+    resume: Annotated[Path | None, own("Continue the run in this folder.")] = None,
+    dry_run: Annotated[
+        bool, own("Take one large step; tell its memory.", flag="--dry-run")
+    ] = False,
+):
+    """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
+    if resume:
+        settings = resume_settings(settings, given, resume)
+    credit_function(settings)  # what is wrong with it is said now
+    console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
+    policy, task = find_policy(settings)
+    if not task.train:
+        raise UserError(f"The task {settings.task} is for tests only: it has no training problems.")
+    torch.manual_seed(settings.seed)
+    policy.model = trainable_model(policy, settings, given)
+    size = min(100, len(task.train) // 7) if settings.validate_every else 0
+    train_set, held_out = task.train[size:], task.train[:size]
+    test_set = task.test[: settings.eval_problems]
+    longest = max(len(policy.prompt_ids(p.question)) for p in task.train + test_set)
+    check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
+    if dry_run:
+        return show_dry_run(policy, train_set, settings)
+    if resume:
+        run = resume
+        check_run(run, task)
+    else:
+        label = method_name(settings.method)
+        [run] = gather([new_run(name or f"{settings.task}-{label}", settings, task)] * is_main())
+    with locked(run) if is_main() else contextlib.nullcontext():
+        show_start(policy, settings, run, (train_set, held_out, test_set))
+        train_and_compare(policy, (train_set, held_out, test_set), settings, run)
+
+
+def memory_name(device) -> str:
+    return "VRAM" if torch.device(device).type == "cuda" else "memory"
+
+
+def is_main() -> bool:
+    """Whether this is the process that shows and saves."""
+    return rank_and_world()[0] == 0
+
+
+def trainable_model(policy: Policy, settings: Settings, given: set[str]):
+    """The model with a fresh LoRA adapter, or with the one that --adapter starts from."""
+    if not settings.start_from:
+        shape = settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.lora_layers
+        return add_lora(policy.model, *shape, settings.checkpointing)
+    shape = {"lora_rank", "lora_alpha", "lora_targets", "lora_layers"}
+    if asked := sorted(shape & given):
+        option = asked[0].replace("_", "-")
+        raise UserError(f"--adapter has its own LoRA shape; leave out --{option}.")
+    folder = Path(settings.start_from)
+    return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
+
+
+def show_start(policy: Policy, settings: Settings, run: Path, sets: tuple) -> None:
+    base = base_of(policy.model)
+    trainable, total = policy.model.get_nb_trainable_parameters()
+    form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
+    console.print(
+        f"{method_name(settings.method)} on {settings.task}: {len(sets[0])} problems to train, "
+        f"{len(sets[1])} to validate, {len(sets[2])} to test\n"
+        f"{settings.prompts_per_step} x {settings.group_size} completions a step, {form} prompt\n"
+        f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in LoRA, "
+        f"{str(base.dtype).split('.')[1]} on {base.device}\nrun {run}"
+    )
+
+
+def train_and_compare(policy: Policy, sets: tuple, settings: Settings, run: Path) -> None:
+    train_set, held_out, test_set = sets
+    memory = memory_name(base_of(policy.model).device)
+    again = f"python tokenrl.py train {settings.task} --resume {shlex.quote(run.as_posix())}"
+    again += code_options(settings)
+    with catch_signals(again) as stop:
+        results = {"base": evaluate_once(policy, test_set, settings, run, "base", stop)}
+        if settings.start_from:
+            results["start"] = evaluate_once(policy, test_set, settings, run, "start", stop)
+        tell_before(results["base"], settings)
+        with live_table(settings.steps, memory, bool(held_out)) as show:
+            for row, rollouts in train(policy, train_set, held_out, settings, run, stop):
+                first = rollouts[0]
+                text = policy.text(first.completions[0])
+                note = completion_note(first.problem, text, first.rewards[0], row["step"])
+                show(row, note if row["step"] % 10 == 1 else None)
+        if any(gather([bool(stop)])):
+            say_command("Stopped and saved. Continue with: ", again)
+            raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
+        accelerate.PartialState().wait_for_everyone()
+        weights = safetensors.load_file(run / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(policy.model, weights)  # that of the best validation
+        results["trained"] = evaluate_once(policy, test_set, settings, run, "trained", stop)
+    rows = [row for _, row in read_rows(run / "metrics.jsonl")]
+    if test_set:
+        title = f"{settings.task}, {method_name(settings.method)}, {run}"
+        console.print(comparison_table(results, title))
+    console.print(training_summary(rows, memory))
+    if not sum(row["tokens_trained"] for row in rows):
+        console.print(
+            "Nothing was trained: in no group did rewards differ. Check --reward and "
+            "--max-new-tokens with eval, or take easier problems or a larger model.",
+            style="yellow",
+        )
+    kept = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
+    console.print(f"Adapter: {run}, from step {kept['best_step']} of {kept['step']}")
+    say_command(
+        "Ask it again: ",
+        f"python tokenrl.py eval {settings.task} --adapter "
+        f"{shlex.quote(run.as_posix())}{code_options(settings)}",
+    )
+
+
+def tell_before(base: list[dict], settings: Settings) -> None:
+    if not base:
+        return
+    console.print(
+        f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)"
+    )
+    cut = sum(record["truncated"] for record in base) / len(base)
+    if cut > 0.5:
+        console.print(
+            f"{cut:.0%} were cut off at {settings.max_new_tokens} tokens, which counts as wrong: "
+            "unless that is what it shall learn, raise --max-new-tokens.",
+            style="yellow",
+        )
+
+
+def code_options(settings: Settings) -> str:
+    """What command lines that we print must repeat: code, and where the data are."""
+    text = ""
+    for key in ("reward", "metric"):
+        if is_code(value := getattr(settings, key)):
+            text += f" --{key} {shlex.quote(value)}"
+    if settings.data_dir != DATA:
+        text += f" --data-dir {shlex.quote(settings.data_dir.as_posix())}"
+    return text
 
 
 @contextlib.contextmanager
 def catch_signals(again: str):
-    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step in progress can be finished and
-    saved. A second one ends the program at once, saying `again`."""
+    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step in progress can be
+    finished and saved. A second one ends the program at once, saying `again`."""
     stop: list[int] = []
+    owner = os.getpid()
 
     def handle(number, frame):
-        if stop:
+        if os.getpid() != owner:  # a process that a reward has forked
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif stop:
             raise KeyboardInterrupt
-        stop.append(number)
-        console.print("Stopping after this step or batch (press again to give up at once) ...")
+        else:
+            stop.append(number)
+            console.print("Stopping after this step or batch (press again to give up at once) ...")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     except KeyboardInterrupt:
-        errors.print(f"Interrupted; what was saved before is intact. {again}")
-        raise typer.Exit(128 + stop[0]) from None
+        errors.print("Interrupted; what was saved before is intact.")
+        say_command("Continue with: ", again)
+        raise typer.Exit(128 + (stop or [signal.SIGINT])[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def progress_bar(label: str) -> Progress:
-    """With time left; nothing where there is no terminal."""
-    return Progress(TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                    TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
-
-
 @contextlib.contextmanager
-def bar(label: str, total: int):
-    """Yields what moves a progress bar: a function of `advance` or `completed`. Without a terminal, a line says that it
-    has begun."""
+def progress(label: str, total: int, stop: list = ()):
+    """Yields the `tick` of evaluate: a bar with the time left, or without a terminal a line that
+    says that it has begun. A signal in `stop` ends it."""
     if not console.is_terminal:
         console.print(f"{label}: {total:,} answers ...")
-    with progress_bar(label) as progress:
-        yield partial(progress.update, progress.add_task("", total=total))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+
+        def tick(count: int) -> None:
+            bar.advance(task, count)
+            if stop:
+                raise KeyboardInterrupt
+
+        yield tick
 
 
-def evaluate_once(policy: Policy, problems: list[Problem], settings, run: Path, phase: str, stop: list) -> list[dict]:
+def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str, stop) -> list[dict]:
     """Evaluate and append to run/eval.jsonl, or take the records from there when resuming."""
     path = run / "eval.jsonl"
     old = [row for _, row in read_rows(path)] if path.exists() else []
-    if done := [row for row in old if row["phase"] == phase]:
+    done = [row for row in old if row.get("phase") == phase]
+    if problems and [row.get("question") for row in done] == [p.question for p in problems]:
         return done
-    records = [{"phase": phase, **r} for r in evaluate(policy, problems, settings, settings.eval_samples, stop)]
-    if main_process():
-        write_jsonl(path, old + records)
+    if phase == "start":
+        load_adapter(policy.model, Path(settings.start_from), "start", settings.model)
+        policy.model.set_adapter("start")
+    bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
+    answers = len(problems) * (1 + settings.eval_samples)
+    with bare, progress("evaluating", answers, stop) as tick:
+        found = evaluate(policy, problems, settings, settings.eval_samples, tick)
+    if phase == "start":
+        policy.model.set_adapter("default")
+        policy.model.delete_adapter("start")
+    records = [{"phase": phase, **record} for record in found]
+    if is_main():
+        write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
     return records
 
 
-def accuracy(records: list[dict]) -> float:
-    return sum(record["correct"] for record in records) / len(records)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size else "-"
-
-
-def memory_name(device: str) -> str:
-    return "VRAM" if device.startswith("cuda") else "memory"
-
-
-@contextlib.contextmanager
-def live_table(steps: int, device: str):
-    """Yields a function that shows one row of metrics: a live table on a terminal, plain lines elsewhere."""
-    titles = f"step reward  acc signal uniq tokens    trained  len roll s upd s {memory_name(device):>6}"
-    header, lines = Text(titles, "bold", no_wrap=True), []
-
-    def line(m: dict) -> Text:  # narrower than 80 characters
-        memory = f"{m['peak_memory'] / 2**30:.2f}G" + ("!" if m["skipped"] else "")
-        text = (f"{m['step']:4} {m['reward']:6.3f} {m['accuracy']:4.0%} {m['signal']:6.0%} {m['distinct']:4.0%} "
-                f"{m['tokens_generated']:6} {m['tokens_trained']:5} {m['tokens_trained'] / m['tokens_generated']:4.0%} "
-                f"{m['length']:4.0f} {m['rollout_s']:6.2f} {m['update_s']:5.2f} {memory:>6}")
-        return Text(text, "red" if m["skipped"] else "", no_wrap=True)
-
-    if not console.is_terminal:
-        console.print(header, soft_wrap=True)
-        yield lambda metrics: console.print(line(metrics), soft_wrap=True)
-        return
-    progress = progress_bar("training")
-    task = progress.add_task("", total=steps)
-    with Live(Stack(header, progress), console=console, refresh_per_second=4) as live:
-        def show(metrics):
-            lines.append(line(metrics))
-            progress.update(task, completed=metrics["step"])
-            live.update(Stack(header, *lines[-max(3, console.height - 6):], progress))
-        yield show
-
-
-def show_start(policy: Policy, settings, run: Path, train_set, test_set) -> None:
-    base = base_of(policy.model)
-    trainable, total = policy.model.get_nb_trainable_parameters()
-    kind = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-    console.print(Text(settings.method, "bold"), f"on {settings.task}: {len(train_set)} train and {len(test_set)} test "
-                  f"problems, {settings.prompts_per_step} x {settings.group_size} completions a step\n"
-                  f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in LoRA, "
-                  f"{str(base.dtype).split('.')[1]} on {base.device}, {kind} prompt\nrun {run}")
-
-
-def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
-    """One column per policy; paired comparisons are with the first."""
-    first = [record["correct"] for record in next(iter(results.values()))]
-    rows: dict[str, list[str]] = defaultdict(list)
-    for number, records in enumerate(results.values()):
-        right, total = sum(r["correct"] for r in records), len(records)
-        low, high = wilson(right, total)
-        rows["accuracy (greedy)"].append(f"{right / total:.1%}  ({right}/{total})")
-        rows["95 % interval"].append(f"{low:.1%} to {high:.1%}")
-        correct = [record["correct"] for record in records]
-        rows["difference, paired"].append(f"{(right - sum(first)) / total * 100:+.1f} points" if number else "")
-        rows["p (exact McNemar)"].append(f"{mcnemar(first, correct):.2g}" if number else "")
-        if count := records[0]["samples"]:
-            sampled = [(count, record["samples_correct"]) for record in records]
-            rows["accuracy (sampled)"].append(f"{sum(c for _, c in sampled) / (count * total):.1%}")
-            for k in sorted({2 ** i for i in range(1, 8) if 2 ** i < count} | {count}):
-                rows[f"pass@{k}"].append(f"{sum(pass_at_k(n, c, k) for n, c in sampled) / total:.1%}")
-        rows["mean length, tokens"].append(f"{sum(r['length'] for r in records) / total:.1f}")
-        rows["truncated"].append(f"{sum(r['truncated'] for r in records) / total:.1%}")
-        if "metric" in records[0]:
-            rows["mean of --metric"].append(f"{sum(r['metric'] for r in records) / total:.3f}")
-        kinds = Counter(record["type"] for record in records)
-        for kind, count in sorted(kinds.items()) if 1 < len(kinds) <= 20 else []:
-            own = [record for record in records if record["type"] == kind]
-            rows[f"{kind or 'no type'} ({count})"].append(f"{accuracy(own):.1%}")
-    return right_aligned(["", *results], [(label, *cells) for label, cells in rows.items()], title)
-
-
-def changes_table(before: list[dict], after: list[dict], label: str, most: int = 10) -> Table:
-    """Problems that are right now and were wrong, and the other way round: at most `most` of each."""
-    mended = [(old, new) for old, new in zip(before, after) if old["correct"] < new["correct"]]
-    broken = [(old, new) for old, new in zip(before, after) if old["correct"] > new["correct"]]
-    table = Table("", "problem", "answer", "base", label, title_justify="left",
-                  title=f"mended (+): {len(mended)}, broken (-): {len(broken)}; up to {most} are shown")
-    last = lambda record: (record["completion"].strip().split("\n")[-1] or "(nothing)")[-40:]  # noqa: E731
-    for sign, style, changed in (("+", "green", mended), ("-", "red", broken)):
-        for old, new in changed[:most]:
-            table.add_row(sign, old["question"], old["answer"], last(old), last(new), style=style)
-    return table
-
-
-def right_aligned(headers: list[str], rows: list[tuple[str, ...]], title: str | None = None) -> Table:
-    """A table whose columns are aligned right, but for the first."""
-    table = Table(headers[0], *(Column(header, justify="right") for header in headers[1:]), title=title,
-                  title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def training_summary(rows: list[dict], device: str) -> Table:
-    total = lambda key: sum(row[key] for row in rows)  # noqa: E731
-    seconds, share = total("rollout_s") + total("update_s"), total("tokens_trained") / total("tokens_generated")
-    return right_aligned(["training", ""], [
-        ("steps", str(len(rows))), ("tokens generated", f"{total('tokens_generated'):,}"),
-        ("tokens trained", f"{total('tokens_trained'):,}  ({share:.1%})"),
-        ("groups with signal", f"{total('signal') / len(rows):.0%}"),
-        ("rollout / update, s a step", f"{total('rollout_s') / len(rows):.2f} / {total('update_s') / len(rows):.2f}"),
-        ("training time", f"{seconds / 60:.1f} min"),
-        (f"peak {memory_name(device)}", gigabytes(max(row["peak_memory"] for row in rows)))])
-
-
-def show_dry_run(policy: Policy, train_set: list[Problem], test_set: list[Problem], settings) -> None:
-    """One step and one batch of the evaluation at their worst: the longest prompts, completions that never end, and
-    signal in every group."""
-    device, count = str(base_of(policy.model).device), settings.prompts_per_step + settings.replay
-    asked, tested = (sorted((policy.prompt_ids(p.question) for p in problems), key=len)
-                     for problems in (train_set, test_set))
-    asked = (asked * count)[-count:]  # where there are fewer, some come twice in a step
-
-    def measured(task: Callable):
-        peak_memory(device, reset=True)
-        start = time.perf_counter()
-        return task(), time.perf_counter() - start, peak_memory(device)
-
-    unending = partial(sample, policy.model, policy.tokenizer, rows=settings.batch_rows, ends=set(),
-                       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
-    _, eval_s, eval_peak = measured(lambda: unending(tested[-settings.batch_rows:]))
-    groups, rollout_s, rollout_peak = measured(lambda: unending(asked, settings.group_size))
-    if settings.method == "t-spmo":  # deepest where pairs of completions differ in nothing but their last token
-        pairs = [[(group[i - i % 2], i % 2) for i in range(len(group))] for group in groups]
-        groups = [[first[:-1] + [abs(first[-1] - second)] for first, second in pair] for pair in pairs]
-    rewards = [float(i % 2) for i in range(settings.group_size)]
-    rollouts = [Rollout(train_set[0], prompt, group, rewards) for prompt, group in zip(asked, groups)]
-    updated, update_s, update_peak = measured(lambda: update(policy, rollouts, new_optimizer(policy.model), 0.0,
-                                                             settings, random.Random(0)))
-    memory = memory_name(device)
-    console.print(right_aligned([f"worst-case step, {settings.method}", ""], [
-        ("weights", gigabytes(sum(p.numel() * p.element_size() for p in policy.model.parameters()))),
-        (f"peak {memory}, evaluation", gigabytes(eval_peak)),
+def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
+    """One step at its largest: the longest prompts, completions that never end, and signal in every
+    group."""
+    device, count = base_of(policy.model).device, settings.prompts_per_step + settings.replay
+    by_length = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
+    asked = (by_length * count)[-count:]  # where there are fewer, some come twice in a step
+    policy.ends = set()
+    peak_memory(device, reset=True)
+    start = time.perf_counter()
+    rollouts = roll_out(policy, asked, settings, settings.seed)
+    rollout_s, rollout_peak = time.perf_counter() - start, peak_memory(device, reset=True)
+    for rollout in rollouts:
+        rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
+    start = time.perf_counter()
+    credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
+    sums, _ = update(policy, credited, len(rollouts), new_optimizer(policy.model), settings)
+    update_s, memory = time.perf_counter() - start, memory_name(device)
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    rows = [
+        ("weights", gigabytes(weights)),
         (f"peak {memory}, rollout", gigabytes(rollout_peak)),
-        (f"peak {memory}, update", gigabytes(update_peak)),
-        ("tokens generated", f"{sum(len(c) for group in groups for c in group):,}"),
-        ("tokens trained", f"{updated['tokens_trained']:,}"),
-        ("evaluation batch, s", f"{eval_s:.1f}"), ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}")]))
+        (f"peak {memory}, update", gigabytes(peak_memory(device))),
+        ("tokens generated", f"{sum(len(c) for r in rollouts for c in r.completions):,}"),
+        ("tokens trained", f"{sums['tokens_trained']:,}"),
+        ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}"),
+    ]
+    console.print(right_aligned([f"largest step, {method_name(settings.method)}", ""], rows))
 
 
-@app.command(name="eval")
+# -- eval, inspect, plot, merge --
+
+
+@app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
+@asks
 def eval_command(
-    context: typer.Context,
-    task: Task,
-    adapter: Annotated[list[Path] | None, option("A run's folder; can be given again. All are asked as the "
-                                                 "first was trained.", panel="Model")] = None,
-    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
-    max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0, batch_rows: BatchRows = 64,
-    reward: Reward = "number", metric: Metric = "",
-    samples: Annotated[int, option("Also draw this many samples a problem, for pass@k.", panel="Rollout", min=0)] = 0,
-    limit: Annotated[int, option("Only the first N test problems; 0 for all.", panel="Data", min=0)] = 0,
-    output: Annotated[Path | None, option("Write every answer to this JSONL file.", panel="Data")] = None,
-    min_accuracy: Annotated[float, option("Exit with code 1 if the last column is below this share.", panel="Run",
-                                          min=0, max=1)] = 0.0,
-    seed: Seed = 0, data_dir: DataDir = DATA,
+    settings: Settings,
+    given: set[str],
+    adapter: Annotated[list[Path] | None, own("A run's folder; may come again.")] = None,
+    question: Annotated[str, own("Only answer this question of yours.")] = "",
+    samples: Annotated[int, own("Samples a problem too, for pass@k.")] = 0,
+    limit: Annotated[int | None, own("Only the first N test problems.", "all")] = None,
+    shown: Annotated[int, own("Answers shown of each kind.")] = 3,
+    output: Annotated[Path | None, own("Write every answer to this JSONL file.")] = None,
+    against: Annotated[Path | None, own("Run to compare with: exit code 1 if worse.")] = None,
+    min_accuracy: Annotated[float, own("Exit code 1 if the last column is below.")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
     if output:
-        if output.is_dir():
-            raise UserError(f"--output {output} is a folder, not a file.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-    adapter, settings = list(dict.fromkeys(adapter or [])), SimpleNamespace(**context.params)
-    if adapter:
-        ask_as_trained(settings, adapter[0], on_command_line(context))
-    policy, _, problems = find_policy(settings)
-    problems = problems[:limit or None]
-    for number, folder in enumerate(adapter):
+        check_writable(output)
+    adapters = list(dict.fromkeys(adapter or [against] * (against is not None)))
+    if adapters:
+        ask_as_trained(settings, given, adapters[0], "eval")
+    policy, task = find_policy(settings)
+    problems = [Problem(question, "")] if question else task.test[:limit]
+    for number, folder in enumerate(adapters):
         policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
-    with policy.model.disable_adapter() if adapter else contextlib.nullcontext():
-        results = {"base": evaluate(policy, problems, settings, samples)}
-    for number, folder in enumerate(adapter):
-        policy.model.set_adapter(f"adapter{number}")
-        results[str(folder) + "/" * (str(folder) == "base")] = evaluate(policy, problems, settings, samples)
-    label, last = list(results.items())[-1]
-    if adapter:
-        console.print(changes_table(results["base"], last, label))
-    console.print(comparison_table(results, f"{task}, {Path(settings.model).name}"))
+    results = {}
+    for number, folder in enumerate([None, *adapters]):
+        bare = (
+            policy.model.disable_adapter()
+            if adapters and folder is None
+            else contextlib.nullcontext()
+        )
+        if folder:
+            policy.model.set_adapter(f"adapter{number - 1}")
+        label = "base" if folder is None else str(folder) + "/" * (str(folder) == "base")
+        with bare, progress(label, len(problems) * (1 + samples)) as tick:
+            results[label] = evaluate(policy, problems, settings, samples, tick)
+    if question:
+        for label, [record] in results.items():
+            console.print(Text(label, "bold"), record["completion"], sep="\n")
+        return
     if output:
-        write_jsonl(output, [{"policy": name, **record} for name, records in results.items() for record in records])
+        rows = [{"policy": label, **r} for label, records in results.items() for r in records]
+        with open(output, "w", encoding="utf-8") as file:  # through a link, into a device
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    last = list(results.values())[-1]
+    if adapters:
+        console.print(*changes(results, shown), sep="\n")
+    console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
+    if against:
+        then = [r for _, r in read_rows(against / "eval.jsonl") if r.get("phase") == "trained"]
+        table, worse = drift_table(then, last)
+        console.print(table)
+        if worse:
+            raise typer.Exit(1)
     if (reached := accuracy(last)) < min_accuracy:
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
 
 
-@app.command(name="inspect")
+def check_writable(path: Path) -> None:
+    """Raise now, not after an hour, where a file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a"):
+        pass
+
+
+@app.command("inspect", epilog="Example: python tokenrl.py inspect svamp --method all")
+@asks
 def inspect_command(
-    context: typer.Context,
-    task: Task,
-    method: Annotated[Shown, option("Whose credit to show; all: one after the other.", panel="Credit")] = "s-grpo",
-    alpha: Alpha = 4, p: P = 0.3,
-    index: Annotated[int | None, option("Number of the training problem.", panel="Data", min=0,
-                                        show_default="the first whose rewards differ")] = None,
-    adapter: Annotated[Path | None, option("A run's folder.", panel="Model")] = None,
-    model: Model = "auto", device: Device = "auto", dtype: Dtype = "auto", prompt: Prompt = "auto", shots: Shots = None,
-    group_size: GroupSize = 8, max_new_tokens: MaxNewTokens = 200, temperature: Temperature = 1.0,
-    batch_rows: BatchRows = 64, reward: Reward = "number",
-    output: Annotated[Path | None, option("Also write it to this .html or .svg file.", panel="Run")] = None,
-    seed: Seed = 0, data_dir: DataDir = DATA,
+    settings: Settings,
+    given: set[str],
+    index: Annotated[int | None, own("Number of the training problem.", "one with signal")] = None,
+    adapter: Annotated[Path | None, own("A run's folder.")] = None,
+    output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
 ):
-    """Sample one group and show which tokens a method trains, with what credit, and where the completions branch."""
+    """Sample one group and show which tokens a method trains, with what credit, and where the
+    completions branch."""
     if output and output.suffix not in (".html", ".svg"):
         raise UserError(f"--output {output} must end in .html or .svg.")
-    settings = SimpleNamespace(**context.params)
+    if output:
+        check_writable(output)
     if adapter:
-        ask_as_trained(settings, adapter, on_command_line(context))
-    settings.metric = ""  # there is no evaluation here
-    policy, problems, _ = find_policy(settings)
+        ask_as_trained(settings, given, adapter, "inspect")
+    policy, task = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
-    if index is not None and index >= len(problems):
-        raise UserError(f"--index {index} is too high: there are {len(problems)} training problems, from 0.")
+    problems = task.train or task.test
+    if index is not None and not 0 <= index < len(problems):
+        raise UserError(f"--index {index}: there are {len(problems)} problems, from 0.")
     for chosen in range(min(20, len(problems))) if index is None else [index]:
-        [rollout] = roll_out(policy, problems[chosen:chosen + 1], [[]], settings, settings.seed)
+        [rollout] = roll_out(policy, [problems[chosen]], settings, settings.seed)
         if rollout.has_signal:
             break
-    shown = list(show_group(policy, rollout, settings))
-    console.print(*shown, sep="\n")
+    methods = {}
+    for method in METHODS if settings.method == "all" else [settings.method]:
+        function = credit_function(replace(settings, method=method))
+        credited = credit([rollout], function, random.Random(settings.seed))
+        rule = method_rule(method, function, settings.alpha, settings.p, settings.k)
+        methods[method_name(method)] = rule, credited[0][2] if credited else {}
+    finished = [policy.finished(completion) for completion in rollout.completions]
+    parts = list(show_group(policy.tokenizer.decode, rollout, finished, methods))
+    console.print(*parts, sep="\n")
     if output:
-        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), force_terminal=True, **AS_IT_IS)
-        paper.print(*shown, sep="\n")
+        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), **AS_IT_IS)
+        paper.print(*parts, sep="\n")
         (paper.save_html if output.suffix == ".html" else paper.save_svg)(str(output))
         console.print(f"Written: {output}")
 
 
-def show_group(policy: Policy, rollout: Rollout, settings) -> Iterator:
-    """What `inspect` shows of a group: the problem, each method's credit on each completion, the branch points."""
-    trie = Trie(rollout.completions)
-    yield Text.assemble(("Problem  ", "bold"), rollout.problem.question, "  ", ("answer ", "bold"),
-                        rollout.problem.answer)
-    if not rollout.has_signal:
-        yield Text("All rewards of this group are equal, so no method learns anything from it.", "yellow")
-    for method in get_args(Method) if settings.method == "all" else [settings.method]:
-        weights = {}
-        if rollout.has_signal:
-            weights = credit_weights(method, trie, rollout.rewards, settings, random.Random(settings.seed))
-        tokens = sum(map(len, trie.paths))
-        yield Text.assemble(("\n" + method, "bold"), f"  {len(weights)} of {len(trie.tokens)} nodes ({tokens} tokens) "
-                            "are trained: ", ("[+more likely]", "green"), " ", ("[-less likely]", "red"), ", up to +++")
-        for number, (path, reward) in enumerate(zip(trie.paths, rollout.rewards), 1):
-            yield Text.assemble((f"{number:2}  reward {reward:g}  ", "bold"), credit_text(policy, trie, path, weights))
-    yield branches_table(policy, trie, rollout.rewards)
-
-
-def token_text(policy: Policy, tokens: list[int]) -> str:
-    return policy.tokenizer.decode(tokens).replace("\n", "\u21b5")
-
-
-def credit_text(policy: Policy, trie: Trie, path: list[int], weights: dict[int, float]) -> Text:
-    """One completion: trained tokens in brackets with one to three signs for their share of the largest weight, runs of
-    equal strength together; the others dim."""
-    most, text = max(map(abs, weights.values()), default=1.0), Text()
-    strength = lambda node: math.ceil(3 * abs(weights[node]) / most - 1e-6) if node in weights else 0  # noqa: E731
-    for (level, up), run in groupby(path, lambda node: (strength(node), weights.get(node, 0) > 0)):
-        words = token_text(policy, [trie.tokens[node] for node in run])
-        color = ("green" if up else "red") + (" bold" if level == 3 else "")
-        text.append(*((f"[{'+-'[not up] * level}{words}]", color) if level else (words, "dim")))
-    return text
-
-
-def branches_table(policy: Policy, trie: Trie, rewards: list[float], most: int = 10) -> Table:
-    """The branch points that most completions pass: what they share, then each continuation with its mean reward."""
-    through, children = rewards_through(trie, rewards), defaultdict(list)
-    for node, parent in enumerate(trie.parents):
-        children[parent].append(node)
-    table = Table("after", "comes", "completions", "mean reward", "credit A(v|p)", title="\nbranch points",
-                  title_justify="left")
-    mean = lambda node: sum(through[node]) / len(through[node])  # noqa: E731
-    points = sorted((p for p in children if len(children[p]) > 1), key=lambda p: -len(through[p]))
-    for parent in points[:most]:
-        before = [trie.tokens[n] for n in [*reversed(ancestors(trie, parent, set())), parent]] if parent >= 0 else []
-        label = ("\u2026" if len(before) > 6 else "") + token_text(policy, before[-6:]) if before else "(the prompt)"
-        for node in sorted(children[parent], key=lambda n: -len(through[n])):
-            token = f'"{token_text(policy, [trie.tokens[node]])}"'  # quoted, for many begin with a space or are one
-            table.add_row(label, token, str(len(through[node])), f"{mean(node):.2f}",
-                          f"{mean(node) - mean(parent):+.2f}")
-            label = ""
-        table.add_section()
-    return table
-
-
-CURVES = {"reward": lambda m: m["reward"], "accuracy": lambda m: m["accuracy"], "length": lambda m: m["length"],
-          "trained": lambda m: m["tokens_trained"] / m["tokens_generated"], "signal": lambda m: m["signal"],
-          "distinct": lambda m: m["distinct"], "memory": lambda m: m["peak_memory"] / 2**30}
-Curve = Literal[tuple(CURVES)]
-
-
-@app.command()
+@app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[Curve, option("trained is the share of tokens, memory in GiB.", panel="Run")] = "reward",
-    smooth: Annotated[int | None, option("Show means over this many steps, and list them.", panel="Run", min=1,
-                                         show_default="a tenth of them")] = None,
-    output: Annotated[Path | None, option("Also draw it into this .png or .svg file.", panel="Run")] = None,
+    what: Annotated[str, own("reward, accuracy, validation, entropy, kl, length, ...")] = "reward",
+    smooth: Annotated[int | None, own("Means over so many steps.", "a tenth")] = None,
+    output: Annotated[Path | None, own("Also draw it into this .png or .svg file.")] = None,
 ):
     """Draw the curves of one or more runs over each other, in the terminal and as a picture."""
-    curves = {}
-    for run in runs:
-        if not (rows := [row for _, row in read_rows(run / "metrics.jsonl")]):
-            raise UserError(f"{run} has no steps yet.")
-        curves[str(run)] = [CURVES[what](row) for row in rows]
-    width = smooth or max(1, max(map(len, curves.values())) // 10)
-    smoothed = {run: [sum(part := values[max(0, i - width + 1):i + 1]) / len(part) for i in range(len(values))]
-                for run, values in curves.items()}
-    console.print(f"{what}, mean over {width} steps")
-    console.print(*draw_curves(smoothed, width, min(console.width, 100) - 9, 16), sep="\n")
+    check_choice("--what", what, CURVES)
     if output:
-        save_picture(curves, smoothed, what, output)
+        check_writable(output)
+    found = {}
+    for run in runs:
+        files = [run / "metrics.jsonl", run / "eval.jsonl"]
+        found[str(run)] = tuple([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
+    curves, lacking = curves_of(found, what)
+    longest = max(curve[-1][0] for curve in curves.values())
+    width = smooth or max(1, longest // 10)
+    means = smoothed(curves, width)
+    console.print(f"{CURVES[what][1]}, mean over {width} steps", *lacking, sep="\n")
+    console.print(*draw_curves(means, width, min(console.width, 100) - 9, 16), sep="\n")
+    if output:
+        save_picture(curves, means, what, output)
         console.print(f"Written: {output}")
 
 
-def draw_curves(curves: dict[str, list[float]], every: int, width: int, height: int) -> list[Text]:
-    """Lines of text: the curves over each other, each with a sign and a colour of its own, then what they are, with the
-    values after each `every` steps."""
-    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
-    longest, signs = max(map(len, curves.values())), "*o+x#@%="
-    colors = ("cyan", "magenta", "yellow", "green", "red", "blue", "white", "bright_black")
-    grid = [[(" ", "")] * width for _ in range(height)]
-    for number, values in enumerate(curves.values()):
-        for column in range(width):
-            step = round(column * (longest - 1) / max(1, width - 1))
-            if step < len(values):
-                row = round((high - values[step]) / ((high - low) or 1) * (height - 1))
-                grid[row][column] = (signs[number % 8], colors[number % 8])
-    labels = {0: high, height // 2: high - (high - low) * (height // 2) / (height - 1), height - 1: low}
-    lines = [Text.assemble(f"{labels[row]:8.3f}" if row in labels else " " * 8, "\u2502", *cells)
-             for row, cells in enumerate(grid)]
-    lines.append(Text(" " * 8 + "\u2514" + "\u2500" * width + "\n" + " " * 9 + "1" + f"{longest}".rjust(width - 1)))
-    for number, (run, values) in enumerate(curves.items()):
-        told = " ".join(f"{value:.3g}" for value in values[every - 1::every] or values[-1:])
-        lines.append(Text.assemble((f"{signs[number % 8]} ", colors[number % 8]), f"{run}: {told}"))
-    return lines
-
-
-def save_picture(curves: dict, smoothed: dict, what: str, path: Path) -> None:
-    if path.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {path} must end in .png or .svg.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("Drawing a picture needs one more package: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (run, values) in enumerate(smoothed.items()):
-        axes.plot(range(1, len(values) + 1), curves[run], color=f"C{number}", alpha=0.2)
-        axes.plot(range(1, len(values) + 1), values, color=f"C{number}", label=run)
-    axes.set(xlabel="step", ylabel=what)
-    axes.legend()
-    figure.savefig(path)
-
-
-@app.command()
+@app.command(epilog="Example: python tokenrl.py merge runs/svamp-s-grpo merged")
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
-    dtype: Annotated[str, option("Of the merged weights: auto (the model's own), float32 or bfloat16. bfloat16 rounds "
-                                 "the update away where it is under a 500th of a weight.", panel="Model")] = "auto",
+    dtype: Annotated[str, own("auto (the model's own), float32, bfloat16, float16.")] = "auto",
 ):
-    """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or transformers."""
+    """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or
+    transformers. bfloat16 rounds away what is under a 500th of a weight."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
+    check_choice("--dtype", dtype, DTYPES)
     trained = adapter_settings(run)
     name = trained["model"]
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
-    kind = stored_dtype(name) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
-    merged = load_adapter(model, run, "adapter", name).merge_and_unload(safe_merge=True).to(kind)
-    try:
-        merged.generation_config.validate(strict=True)
-    except ValueError:  # some checkpoints set a temperature without this, and could not be saved
-        merged.generation_config.do_sample = True
-    merged.save_pretrained(out)
+    stored = stored_dtype(tokenizer.name_or_path)
+    kind = stored if dtype == "auto" else getattr(torch, dtype)
+    model = load_adapter(model, run, "adapter", name).merge_and_unload(safe_merge=True).to(kind)
+    # The base's own top_k or penalties would answer otherwise than what was trained and measured.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=sorted(end_tokens(model, tokenizer)),
+        pad_token_id=model.generation_config.pad_token_id,
+    )
+    save_checkpoint(model, out)
     tokenizer.save_pretrained(out)
-    if (own := Path(base_of(model).name_or_path) / "prompt.txt").is_file():
-        shutil.copy(own, out)
-    console.print(f"Written: {out}, {gigabytes(sum(p.numel() * p.element_size() for p in merged.parameters()))} in "
-                  f"{str(merged.dtype).split('.')[1]}")
+    if (own_prompt := Path(tokenizer.name_or_path) / "prompt.txt").is_file():
+        shutil.copy(own_prompt, out)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    console.print(f"Written: {out}, {gigabytes(size)} in {str(model.dtype).split('.')[1]}")
     if "task" in trained and not is_bundled(name):
-        asked = "".join(f" --{key.replace('_', '-')} {shlex.quote(str(trained[key]))}" for key in
-                        ("prompt", "shots", "max_new_tokens", "reward") if trained.get(key) is not None)
-        console.print(f"Check it: python tokenrl.py eval {trained['task']} --model {shlex.quote(out.as_posix())}{asked}"
-                      + data_dir_option(trained["data_dir"]))
+        settings = Settings(**trained)
+        words = ["python tokenrl.py eval", settings.task, "--model", shlex.quote(out.as_posix())]
+        for key in ("prompt", "shots", "stop", "max_new_tokens", "reward"):
+            value = getattr(settings, key)
+            if value != getattr(Settings, key) and not is_code(str(value)):
+                words += [f"--{key.replace('_', '-')}", shlex.quote(str(value))]
+        say_command("Check it: ", " ".join(words) + code_options(settings))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of it, not the user's
+    # Before torch is imported: threads that spin while they wait starve each other beside a busy
+    # core, and memory of a GPU in pieces that cannot grow is lost to fragments.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    sys.modules.setdefault("tokenrl", sys.modules[__name__])  # for `import tokenrl` in a FILE.py
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a table's lines on a console that cannot show them
+            stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
     try:
         app(arguments)
     except Exception as error:
         if isinstance(error, UserError):
             sentence = str(error)
         elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            sentence = "The disk is full; what was saved before is intact. Make room; a training goes on with --resume."
+            sentence = "The disk is full; what was saved is intact. Make room, then --resume."
         elif out_of_memory(error):
-            sentence = ("Out of memory. What helps most, in this order: a lower --batch-rows, a lower "
-                        "--max-pack-tokens, a lower --max-new-tokens. Check with --dry-run.")
+            sentence = (
+                "Out of memory. What helps most, in this order: a lower --batch-rows, "
+                "--max-pack-tokens, --max-new-tokens. Check with --dry-run."
+            )
         elif isinstance(error, OSError):
             sentence = str(error)
         else:
