@@ -57,6 +57,7 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 import urllib.request
 import warnings
 from collections import Counter, defaultdict
@@ -163,9 +164,6 @@ class Settings:
     alpha: int = option(4, "s-grpo: train the first N tokens,", "Credit", SHOW, low=0)
     p: float = option(0.3, "later ones with this probability,", "Credit", SHOW, low=0, high=1)
     k: int = option(0, "and at most N of a completion; 0: all.", "Credit", SHOW, low=0)
-    on_prob: bool = option(
-        True, "t-spmo: on pi, not log pi.", "Credit", SHOW, "--on-prob/--on-log-prob"
-    )
     replay: int = option(0, "Extra groups from inside completions.", "Credit", TRAIN, low=0)
 
     prompts_per_step: int = option(8, "Problems asked per step.", "Rollout", TRAIN, low=1)
@@ -179,7 +177,6 @@ class Settings:
 
     target_kl: float = option(0.003, "Largest KL of a step; 0: no limit.", "Update", TRAIN, low=0)
     beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN, low=0)
-    l2: float = option(0.0, "L2 penalty on LoRA.", "Update", TRAIN, "--l2", low=0)
     lora_rank: int = option(16, "Rank of the LoRA matrices.", "Update", TRAIN, low=1)
     lora_alpha: float = option(32.0, "Scale: alpha / rank.", "Update", TRAIN, low=0)
     lora_targets: str = option("all-linear", "Modules, with commas.", "Update", TRAIN)
@@ -187,9 +184,6 @@ class Settings:
         1 / 3, "Share of layers, from the last.", "Update", TRAIN, low=1e-3, high=1, shown="1/3"
     )
     max_pack_tokens: int = option(1024, "Tokens in one forward pass.", "Update", TRAIN, low=1)
-    checkpointing: bool = option(
-        False, "Less memory, more time.", "Update", TRAIN, "--checkpointing"
-    )
 
     validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN, low=0)
     patience: int = option(5, "Validations without gain before the end.", "Run", TRAIN, low=1)
@@ -206,92 +200,192 @@ class Settings:
     dtype: str = option("auto", "auto, float32, bfloat16, float16.", "Machine")
 
 
-def check_settings(settings: Settings, given: dict | None = None) -> None:
-    """Raise for a value of the wrong type or out of range, on the command line or in a config.json."""
+def check_settings(settings: Settings) -> None:
+    """Raise for a value of the wrong type or out of range, from a command line or a config.json."""
     for item in fields(Settings):
         value, kinds = getattr(settings, item.name), get_args(item.type) or (item.type,)
-        kinds += (int,) if float in kinds else ()
-        name = f"--{item.name.replace('_', '-')} {value}"
-        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            raise UserError(
-                f"{name!r} is not of the type that it should be ({item.type.__name__})."
+        low, high = item.metadata.get("low"), item.metadata.get("high") or math.inf
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if fits and low is not None and value is not None:
+            fits = (
+                low <= value <= high < math.inf or low <= value < high
+            )  # and neither NaN nor infinity
+        if not fits or isinstance(value, bool):
+            limits = (
+                ""
+                if low is None
+                else f", at least {low}" + f" and at most {high}" * (high < math.inf)
             )
-        low, high = item.metadata.get("low"), item.metadata.get("high")
-        if isinstance(value, (int, float)) and not math.isfinite(value):
-            raise UserError(f"{name} is not a finite number.")
-        if value is not None and (
-            low is not None and value < low or high is not None and value > high
-        ):
             raise UserError(
-                f"{name} is out of range: it must be at least {low}"
-                + (f" and at most {high}." if high else ".")
+                f"--{item.name.replace('_', '-')} {value} must be a {kinds[0].__name__}{limits}."
             )
 
 
+# Many spellings become one, in this order: (what is found, what is written for it).
+_SPELLINGS = [
+    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 1½ is 1 1/2
+    (r"[⁺⁻]?[⁰¹²³⁴-⁹]+", r"^\g<0>"),  # 10³ is not 103
+    (r"[₀-₉]+", r"_\g<0>"),
+    # By character: on a whole text of combining marks, normalize() takes quadratic time.
+    (r"[A-Za-z][\u0300-\u036f]|[^\x00-\x7f]", lambda m: unicodedata.normalize("NFKC", m[0])),
+    (r"[‐‒–—―−]", "-"),
+    (r"[⁄∕]", "/"),
+    (r"[’‘]", "'"),
+    (r"\n[-*+] +", "\n"),  # the dash of a list is no minus
+    (r"(?<![^\W_])[*_]+(?=\S)|(?<=\S)[*_]+(?![^\W_]|[({-])|`", ""),  # **bold**, _italics_, `code`
+    (r"\\!\s*|\\(?:left|right|displaystyle)\b|\\[()\[\]]|[\u200b-\u200f\u2060\ufeff\xad]", ""),
+    (r"\\\\(?![a-zA-Z])", ";"),  # the end of a row
+    (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)\b", " "),
+    (r"\\([$%#&_])", r"\1"),
+    (r"\{,\}", ","),
+    (r"\\(?:text|math|mbox|underline)[a-z]*\s*(?:\{([^{}]*)\})?", r"\1"),
+    (r"[×·⋅]|\\(?:times|cdot)(?![a-z])", "*"),
+    (r"≈|\\approx(?![a-z])", "="),
+    (r"\^ ?\{? ?\\circ ?\}?", "°"),
+    (r"\\pi(?![a-z])", "π"),
+    (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # 2\frac{1}{2} is 2 1/2
+    (r" +", " "),
+]
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
+_MARK = re.compile(r"#{4,}|\\f?box(?:ed)?\s*\{|<answer>|\banswer\s?(?:is\b:?|[:=])", re.IGNORECASE)
+_CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹]|EUR|USD|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs\.?)"
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}.%])[-\u2212])?(?:[$€£]\s?)?(?<![\w.])(?P<sign2>(?<=[$€£])-)?"
-    r"(?:(?P<whole>\d+)[ ](?=\d+/\d))?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?"
-    r"(?:/(?P<under>\d+))?",
-    re.ASCII,
+    rf"""
+    (?: (?P<odd> (?: \\[a-zA-Z]+ | [√±/] | [^\W\d_](?=\() | -(?=[-+(]) ) [\ (]* )  # \sqrt{{2}}, f(2)
+      | (?<![\w.^]) (?<!\^-) )                           # not in a word, no exponent of a unit
+    (?P<sign> (?<![\w)\].%]) (?<![\w)\].%]\ ) -\ ?       # - 5, but not in 10 - 5
+            | (?<![\w)\].%]) (?<![\d)%]\ ) - )?          # is -5, but not in 10 -5
+    (?: {_CURRENCY}\ ? (?P<sign2> - )? )?
+    (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )  # see _decimal()
+    (?: \ ?/\ ? (?P<under> \d+ (?:[.,]\d+)* ) )?
+    (?: (?: [eE] | \ ?[*x]\ ?10\ ?\^\ ? ) (?P<tens> [-+]?\d+ ) | \ ?\^\ ? (?P<power> [-+]?\d+ ) )?
+    (?: \ ?(?P<scale> (?i:hundred|thousand|million|billion|trillion)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
+    """,
+    re.VERBOSE,
 )
-_MARK = re.compile(r"####|\\boxed\{|\banswer(?: is:?|:| =)", re.IGNORECASE)
-_EDGES = re.compile(
-    r"""^[\s*_`'"]+|[\s*_`'".}$]+$"""
-)  # what exact_reward overlooks around an answer
+_SCALES = dict(hundred=2, thousand=3, k=3, million=6, m=6, billion=9, b=9, trillion=12)
+_END = re.compile(  # what may follow a number; anything else means that the number goes on
+    r"""
+    (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d )             # no 0.(3), 2x, 3π, 1h30
+    (?! (?:\ ?[^\W\d_]+)? \ (?: [-+*/;&] | and|or|to|plus|minus|times|over|by
+        | x|h|hours?|min|minutes?|feet|ft|dollars?|euros? ) \ ?[-$€£]?\d )     # no 2 h 30, 5 or 6
+    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                      # a bracket, a currency, a percent
+    (?: \Z | [\n(] | [^\W\d_] | [-/]\ ?[^\W\d_]{2}                 # a unit: m, /hour, -year-old
+      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* \d ) )             # no 3:30, 1, 2 and 0.33...
+    """,
+    re.VERBOSE,
+)
 
 
-def _numbers(text: str) -> Iterator[Fraction]:
-    text = text.replace("{,}", ",").replace("\\$", "$")  # as LaTeX writes them
-    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # 2\frac{1}{2} is 2 1/2
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    for match in _NUMBER.finditer(text):
-        if not (match["digits"] or match["decimals"]):
-            continue
-        with contextlib.suppress(ValueError, ZeroDivisionError):  # 3/0; thousands of digits
-            value = Fraction((match["digits"] or "0").replace(",", "") + (match["decimals"] or ""))
-            value = value / int(match["under"] or 1) + int(match["whole"] or 0)
-            yield -value if match["sign"] or match["sign2"] else value
+def _decimal(digits: str, decimal: str) -> Fraction:
+    """Raises ValueError where `digits` is no decimal number, with or without thousands groups."""
+    for mark, other in (".,", ",."):  # without a decimal mark: what can be read with a point is
+        groups = rf"(?!0)\d{{1,3}}([{other}'_ ])\d{{3}}(?:\1\d{{3}})*"
+        if mark in (decimal or ".,") and re.fullmatch(rf"(?:\d*|{groups})(?:[{mark}]\d+)?", digits):
+            return Fraction(re.sub(rf"[^\d{mark}]", "", digits).replace(",", "."))
+    raise ValueError
 
 
-def extract_number(text: str) -> Fraction | None:
-    """The final answer of a completion, exactly, or None.
-
-    It is the first number after the last mark on its line ("#### n", "\\boxed{n}", "the answer is n"); without a mark
-    that a number follows, the last number of the text. Commas, currency signs, decimals and fractions are read.
-    """
-    for mark in reversed(list(_MARK.finditer(text))):
-        line = text[mark.end() :].lstrip().split("\n")[0]
-        if (number := next(_numbers(line), None)) is not None:
-            return number
-    return next(reversed(list(_numbers(text))), None)
-
-
-def number_reward(text: str, answer: str, decimal: str = "") -> float:
-    """1.0 if the final answer of `text` equals `answer` as a number (1,234 = 1234 = 1234.0), else 0.0."""
-    found = extract_number(text)
-    return float(found is not None and found == next(_numbers(str(answer)), None))
-
-
-def exact_reward(text: str, answer: str) -> float:
-    """1.0 if the final answer of `text` is the text `answer`, else 0.0. The final answer is the rest of the line after
-    the last mark (see extract_number), or the last line; capitals, quotes, Markdown's marks and a closing full stop do
-    not count."""
-    marks = list(_MARK.finditer(text))
-    lines = text[marks[-1].end() :].lstrip().split("\n") if marks else text.strip().split("\n")[-1:]
-    found, wanted = ((_EDGES.sub("", t) or t.strip()).casefold() for t in (lines[0], answer))
-    return float(found == wanted)
+def _value(match: re.Match | None, decimal: str) -> Fraction | None:
+    """What a match of _NUMBER is worth, or None where it is not understood as a whole."""
+    if not match or match["odd"] or not _END.match(match.string, match.end()):
+        return None
+    under, power = match["under"], match["power"]
+    whole, _, digits = match["digits"].rpartition(" ") if under else ("", "", match["digits"])
+    try:
+        exponent = int(power or match["tens"] or 0)
+        if abs(exponent) * len(digits) > 4300:  # Python's own limit
+            return None
+        value = _decimal(digits, decimal) / (_decimal(under, decimal) if under else 1)
+        if (whole and not 0 < value < 1) or (power and under):
+            return None
+        value += _decimal(whole, decimal) if whole else 0  # a mixed number
+        value = value**exponent if power else value * Fraction(10) ** exponent
+    except (ValueError, ZeroDivisionError):
+        return None
+    value *= 10 ** _SCALES.get((match["scale"] or "").lower(), 0)
+    return -value if match["sign"] or match["sign2"] else value
 
 
-def read_number(text, decimal=""):
-    bare = re.sub(r"\s?[%$€£]$", "", text)
-    return next(_numbers(text), None) if _NUMBER.fullmatch(bare) else None
+def _plain_fraction(match: re.Match, decimal: str) -> str:
+    top, under = match[1] or match[2] or "", match[3] or match[4] or ""
+    try:
+        parts = [_value(_NUMBER.fullmatch(part.strip()), decimal) for part in (top, under)]
+        return f"{parts[0] / parts[1]} "
+    except (TypeError, ValueError, ZeroDivisionError):  # no numbers, or too long to write
+        return rf"\frac({top})/({under})"
 
 
-def final_text(text):
+def _plain(text: str, decimal: str = "") -> str:
+    for pattern, plain in _SPELLINGS:
+        text = re.sub(pattern, plain, text)
+    for _ in range(3):  # fractions in fractions, the inner ones first
+        text = _FRACTION.sub(partial(_plain_fraction, decimal=decimal), text)
     return text
 
 
+def _without_braces(text: str) -> str:
+    return re.sub(r"[{}]", " ", re.sub(r"(?<=[-_^])\{", "", text))
+
+
+def _final_parts(text: str) -> list[str]:
+    """The line behind each mark that something follows, the last mark first; at the end of the
+    list, all the text behind the last of these marks (without a mark, the whole text)."""
+    lines, start, end = [], 0, len(text)
+    for mark in reversed(list(_MARK.finditer(text))):
+        part, end = text[mark.end() : end], mark.start()
+        depth = 1
+        for brace in re.finditer(r"[{}]", part if mark[0].endswith("{") else ""):
+            depth += 1 if brace[0] == "{" else -1
+            if not depth:
+                part = part[: brace.start()]
+                break
+        if line := part.lstrip().split("\n")[0].split("</")[0].strip():
+            lines.append(_without_braces(line).strip())
+            start = start or mark.end()
+    return [*lines, _without_braces(text[start:])]
+
+
+def read_number(text: str, decimal: str = "") -> Fraction | None:
+    """The number that the whole text is, but for currency, percent or a unit; None if it is not
+    one. decimal: "," or "." is the decimal mark; "" reads 1,234 as a group and 3,5 as a decimal."""
+    match = _NUMBER.match(_without_braces(_plain(text, decimal)).strip())
+    unit = match and re.fullmatch(r"[.,-]* ?[^\s\d?!=:;]*(?:\^?[23])?", match.string[match.end() :])
+    return _value(match, decimal) if unit else None
+
+
+def extract_number(text: str, decimal: str = "") -> Fraction | None:
+    """The final answer of a completion, or None: the first number behind the last mark (#### 5,
+    \\boxed{5}, the answer is 5), else the last number. A number is read whole or not at all."""
+    *lines, rest = _final_parts(_plain(text, decimal))
+    for line in lines:
+        sentence = re.split(r"(?<=\d)\. (?=[A-Z])", line)[0]
+        if sides := [side for side in sentence.split("=") if re.search(r"\d", side)]:
+            return _value(_NUMBER.search(sides[-1].strip()), decimal)
+    numbers = list(_NUMBER.finditer(rest))
+    return _value(numbers[-1], decimal) if numbers else None
+
+
+def number_reward(text: str, answer: str, decimal: str = "") -> float:
+    """1.0 if the final answer of `text` is the number `answer`, else 0.0."""
+    found = extract_number(text, decimal)
+    return float(found is not None and found == read_number(str(answer), decimal))
+
+
+def final_text(text: str) -> str:
+    """What exact_reward compares: the line behind the last mark, or the content of its \\boxed{},
+    else the last line; without Markdown, quotes and closing full stop."""
+    line = " ".join(_final_parts(_plain(text))[0].strip().split("\n")[-1].split())
+    return line.strip(" '\"$*_").rstrip(" '\"$*_.") or line
+
+
+def exact_reward(text: str, answer: str) -> float:
+    """1.0 if the final answer of `text` is the text `answer`, capitals aside, else 0.0."""
+    return float(final_text(text).casefold() == final_text("#### " + answer).casefold())
+
+
 # ---- tasks and rewards, second half: rewards, files, problems ------------------------------------
+
 
 SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
 SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
@@ -307,8 +401,8 @@ STORY_EXAMPLES = [
         "answer": "4 bags of 6 shells are 4 * 6 = 24 shells.\n#### 24",
     },
     {
-        "question": "After Jon gave away 7 stamps he had 12 left. How many stamps did he have before?",
-        "answer": "He had the 12 that are left and the 7 he gave away: 12 + 7 = 19 stamps.\n#### 19",
+        "question": "After Jon gave away 7 stamps he had 12 left. How many did he have before?",
+        "answer": "He had the 12 that are left and 7 he gave away: 12 + 7 = 19 stamps.\n#### 19",
     },
 ]
 MULTIPLY_EXAMPLES = [
@@ -429,14 +523,13 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
         raise UserError(f"{path} is not JSON at line {number}: {error}.") from None
     for number, row in rows:
         if not isinstance(row, dict):
-            example = '{"question": ..., "answer": ...}'
-            raise UserError(f"{path} line {number} is not an object such as {example}.")
+            raise UserError(f"{path} line {number} is not an object (a row as {{...}}).")
     return rows
 
 
 def csv_rows(path: Path, text: str) -> list[tuple[int, dict]]:
     csv.field_size_limit(2**31 - 1)
-    announced = re.match(r'"?sep=([^"\s]|\t)"?\n', text)  # Excel's own first line
+    announced = re.match(r'(?i)"?sep=([^"\s]|\t)"?\n', text)  # Excel's own first line
     delimiter = announced[1] if announced else max(",;\t", key=text.split("\n")[0].count)
     style = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
     reader = csv.DictReader(io.StringIO(text, newline=""), **style)
@@ -507,7 +600,7 @@ def to_problem(row: dict, question: str, answer: str, reward: str, decimal: str)
     numeric = reward == "number" or isinstance(row[answer], float)  # JSON's NaN is a float
     if numeric and read_number(wanted, decimal) is None:
         return "the answer is not a number"
-    if reward == "exact" and not exact_reward(f"#### {wanted}", wanted):
+    if reward == "exact" and not re.fullmatch("< .* >", final_text(f"#### < {wanted} >")):
         return "no completion can give this answer (there is a line break or a mark in it)"
     return Problem(asked, wanted, cell_text(row.get("type")))
 
@@ -515,12 +608,12 @@ def to_problem(row: dict, question: str, answer: str, reward: str, decimal: str)
 def file_problems(
     path: Path, question: str, answer: str, reward: str, decimal: str | None
 ) -> tuple[list[Problem], list[dict], str]:
-    """(problems, rejected rows, decimal mark) of a CSV, JSONL or JSON file; decimal None: find it."""
+    """(problems, rejected rows, decimal mark) of a sheet; without a mark the answers tell it."""
     rows = read_rows(path)
     columns = {key for _, row in rows for key in row if key}
     for column, name in ((question, "--question"), (answer, "--answer")):
         if rows and column not in columns:
-            there = f"it has: {', '.join(sorted(columns))}"
+            there = f"it has: {', '.join(sorted(columns)[:20])}"
             raise UserError(f"{path} has no column {column!r} ({there}); name yours with {name}.")
     if decimal is None:
         answers = [row.get(answer) for _, row in rows]
@@ -532,8 +625,9 @@ def file_problems(
             before, before_line = first.setdefault(problem.question, (problem, line))
             if before_line == line:
                 continue
-            a, b = (read_number(p.answer, decimal) or p.answer for p in (before, problem))
-            kind = "a repeat" if a == b else "a contradiction"
+            same = before.answer == problem.answer
+            same = same or number_reward(problem.answer, before.answer, decimal)
+            kind = "a repeat" if same else "a contradiction"
             problem = f"{kind}: line {before_line} has the answer {before.answer!r}"
         rejected.append({"line": line, "reason": problem, "row": row})
     return [problem for problem, _ in first.values()], rejected, decimal
@@ -543,27 +637,36 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
     """A task that `prep` wrote; `numeric`: all answers must be numbers."""
     folder = data_dir / name
     if not (folder / "train.jsonl").exists():
-        known = sorted({path.parent.name for path in data_dir.glob("*/train.jsonl")} - {"demo"})
-        what = name if name in ("svamp", "multiply") else "YOUR_FILE.csv"
-        advice = f"(there are: {', '.join(known)}); make it with: python tokenrl.py prep {what}"
-        raise UserError(f"There is no task {name!r} in {data_dir} {advice}")
+        known = {path.parent.name for path in data_dir.glob("*/train.jsonl")} - {"demo"}
+        there = ", ".join(sorted(known)) or "none"
+        make = (
+            f"python tokenrl.py prep {name if name in ('svamp', 'multiply') else 'YOUR_FILE.csv'}"
+        )
+        raise UserError(
+            f"No task {name!r} in {data_dir} (there are: {there}); make it with: {make}"
+        )
     paths = folder / "task.json", folder / "examples.jsonl"
     facts, examples = (read_rows(path) if path.exists() else [] for path in paths)
-    decimal = facts[0][1].get("decimal") if facts else ""
+    decimal = facts[0][1].get("decimal", "") if facts else ""
     if decimal not in ("", ",", "."):
         raise UserError(f"{paths[0]} line 1: the decimal mark {decimal!r} is neither , nor .")
     for line, row in examples:
         if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
             raise UserError(f'{paths[1]} line {line} lacks a "question" or an "answer" as text.')
-    splits, reward = [], "number" if numeric else ""
-    for path in (folder / "train.jsonl", folder / "test.jsonl"):
-        problems, rejected, _ = file_problems(path, "question", "answer", reward, decimal)
-        if rejected:
-            raise UserError(f"{path} line {rejected[0]['line']}: {rejected[0]['reason']}.")
-        splits.append(problems)
-    if not splits[1]:
+    task = Task([], [], [row for _, row in examples], decimal)
+    reward = "number" if numeric else ""
+    for path, problems in (
+        (folder / "train.jsonl", task.train),
+        (folder / "test.jsonl", task.test),
+    ):
+        for line, row in read_rows(path):
+            problem = to_problem(row, "question", "answer", reward, decimal)
+            if isinstance(problem, str):
+                raise UserError(f"{path} line {line}: {problem}.")
+            problems.append(problem)
+    if not task.test:
         raise UserError(f"{path} is empty.")
-    return Task(*splits, [row for _, row in examples], decimal)
+    return task
 
 
 def write_task(name, problems, examples, test_share, seed, data_dir, decimal="", rejected=()):
@@ -572,9 +675,7 @@ def write_task(name, problems, examples, test_share, seed, data_dir, decimal="",
     problems = random.Random(seed).sample(problems, len(problems))
     cut = len(problems) - round(len(problems) * test_share)
     if not problems or not (test_share == 1 or 0 < cut < len(problems)):
-        raise UserError(
-            f"{len(problems)} usable problems are too few to split into train and test."
-        )
+        raise UserError(f"{len(problems)} usable problems are too few for train and test.")
     folder = data_dir / name
     folder.mkdir(parents=True, exist_ok=True)
     files = {} if (folder / "examples.jsonl").exists() else {"examples.jsonl": examples}
@@ -615,18 +716,16 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     sizes = int(match[1]), int(match[2] or match[1])
     # Times 1 teaches nothing.
     first, second = (range(10 ** (size - 1) + (size == 1), 10**size) for size in sizes)
-    alike = first == second
-    total = len(first) * (len(first) + 1) // 2 if alike else len(first) * len(second)
+    ordered = len(first) * len(second)
+    total = (ordered + len(first)) // 2 if first == second else ordered
     if count > total:
         raise UserError(f"--count {count} is too many: with --digits {digits} there are {total:,}.")
-    rng, problems = random.Random(seed), []
-    for i in rng.sample(range(total), count):
-        row = (math.isqrt(8 * i + 1) - 1) // 2 if alike else i // len(second)
-        start = row * (row + 1) // 2 if alike else row * len(second)
-        pair = first[row], second[i - start]
-        a, b = rng.sample(pair, 2) if alike else pair
-        problems.append(Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}"))
-    return problems
+    pairs = {}
+    for i in random.Random(seed).sample(range(ordered), min(ordered, 2 * count)):  # a * b and b * a
+        a, b = first[i // len(second)], second[i % len(second)]
+        kind = f"{len(str(a))}x{len(str(b))}"
+        pairs.setdefault(frozenset((a, b)), Problem(f"What is {a} * {b}?", str(a * b), kind))
+    return list(pairs.values())[:count]
 
 
 def decimal_mark(path: Path, answers: list) -> str:
@@ -655,9 +754,7 @@ def prep(
     question: Annotated[str, typer.Option(help="FILE: column of the question.")] = "question",
     answer: Annotated[str, typer.Option(help="FILE: column of the answer.")] = "answer",
     decimal: Annotated[Literal[",", "."] | None, typer.Option(help="Mark before decimals.")] = None,
-    reward: Annotated[
-        str, typer.Option(help="As in train; it decides what is an answer.")
-    ] = "number",
+    reward: Annotated[str, typer.Option(help="As in train; it checks answers.")] = "number",
     name: Annotated[str, typer.Option(help="Name of the task.", show_default="the file's")] = "",
     test_share: Annotated[float, typer.Option(help="Held out for the test; 1: all.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Of the split and of multiply's problems.")] = 0,
@@ -666,9 +763,8 @@ def prep(
     """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
     reward_function(reward)  # a wrong one would be found only in training
     name = name or Path(what).stem
-    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in {"demo", "svamp", "multiply"} - {
-        what
-    }:
+    reserved = {"demo", "svamp", "multiply"} - {what}
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in reserved:
         raise UserError(f"{name!r} cannot be a task's name (letters, digits, - and _); use --name.")
     if not 0 < test_share <= 1:
         raise UserError(f"--test-share {test_share} is not above 0 and at most 1.")
@@ -678,20 +774,18 @@ def prep(
     elif what == "multiply":
         problems, examples = multiply_problems(digits, count, seed), MULTIPLY_EXAMPLES
     elif Path(what).suffix.lower() in (".csv", ".json", ".jsonl"):
-        found = file_problems(Path(what), question, answer, reward, decimal)
-        problems, rejected, decimal = found
+        columns = question, answer
+        problems, rejected, decimal = file_problems(Path(what), *columns, reward, decimal)
     else:
         raise UserError(f"{what} is neither svamp nor multiply nor a .csv, .json or .jsonl file.")
     for record in rejected[:10]:
-        value = repr(record["row"].get(answer) or record["row"].get(question))[:60]
-        console.print(
-            f"rejected line {record['line']}, {value}: {record['reason']}", soft_wrap=True
-        )
-    facts = decimal or "", rejected
-    train, test = write_task(name, problems, examples, test_share, seed, data_dir, *facts)
-    console.print(f"{name}: {train:,} to train, {test:,} to test, {len(rejected):,} rejected")
-    if rejected:
-        console.print(f"rejected rows: {data_dir / name / 'rejected.jsonl'}", soft_wrap=True)
+        shown = repr(record["row"].get(answer) or record["row"].get(question))[:60]
+        shown = f"rejected line {record['line']}, {shown}: {record['reason']}"
+        console.print(shown, soft_wrap=True)
+    more = decimal or "", rejected
+    train, test = write_task(name, problems, examples, test_share, seed, data_dir, *more)
+    counts = f"{train:,} to train, {test:,} to test, {len(rejected):,} in rejected.jsonl"
+    console.print(f"{data_dir / name}: {counts}", soft_wrap=True)
     options = [] if reward == "number" else ["--reward", reward]
     options += [] if data_dir == DATA else ["--data-dir", data_dir.as_posix()]
     command = ["python", "tokenrl.py", "train" if train else "eval", name, *options]
@@ -751,25 +845,21 @@ class Policy:
             self.stop = "\nQuestion:"  # a base model goes on to invent the next question
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Worked examples cost little: what all prompts share is computed once."""
         if self.prompt == "chat":
-            turns = []
-            for row in self.examples:
-                turns.append({"role": "user", "content": row["question"]})
-                turns.append({"role": "assistant", "content": row["answer"]})
-            turns.append({"role": "user", "content": question})
+            turns = [(row["question"], row["answer"]) for row in self.examples]
+            texts = [text for turn in turns for text in turn] + [question]
+            roles = ["user", "assistant"] * len(texts)
+            turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
             return chat_ids(self.tokenizer, turns, add_generation_prompt=True)
+        text = self.prompt.replace("{question}", question)
         if self.prompt == "plain":
             shots = [f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in self.examples]
             text = "".join(shots) + f"Question: {question}\nAnswer:"
-        else:
-            text = self.prompt.replace("{question}", question)
-        # A template may hold special tokens itself, and some tokenizers append their end token,
-        # after which there is nothing to be said.
-        begin = getattr(self.tokenizer, "bos_token", None)
-        if begin and text.startswith(begin):
+        begin, end = getattr(self.tokenizer, "bos_token", None), self.tokenizer.eos_token
+        if begin and text.startswith(begin):  # a template may hold it itself
             return self.tokenizer.encode(text, add_special_tokens=False)
-        ids, end = self.tokenizer.encode(text), self.tokenizer.eos_token
+        ids = self.tokenizer.encode(text)
+        # Some tokenizers append their end token, after which there is nothing to be said.
         appended = end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end)
         return ids[:-1] if appended else ids
 
@@ -786,9 +876,8 @@ class Policy:
     def reward(self, problem: Problem, completion: list[int]) -> float:
         """The score, but nothing for a completion that was cut off: or nothing would teach the
         model to stop, and completions drift to the limit."""
-        if not self.finished(completion):
-            return 0.0
-        return self.score(self.text(completion), problem.answer)
+        done = self.finished(completion)
+        return self.score(self.text(completion), problem.answer) if done else 0.0
 
 
 def is_right(reward: float) -> bool:
@@ -849,18 +938,15 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     device = pick_device(device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    load = transformers.AutoModelForCausalLM.from_pretrained
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         kind = pick_dtype(dtype, device, stored_dtype(folder))
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, output_loading_info=True
-        )
+        model, found = load(folder, dtype=kind, output_loading_info=True)
     except Exception as error:  # broken files end in errors of many kinds
-        if isinstance(error, UserError) or out_of_memory(error):
+        if out_of_memory(error):
             raise
-        raise UserError(
-            f"{name} does not hold a model that can be loaded: {first_line(error)}"
-        ) from None
+        raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
     if found["missing_keys"]:  # transformers fills them with random numbers
         raise UserError(f"{name} lacks weights of its model, such as {min(found['missing_keys'])}.")
     if not tokenizer.encode("1"):
@@ -885,75 +971,54 @@ def base_of(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float, checkpointing=False):
+def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     """LoRA on `targets` (all-linear: every matrix) of the last `layer_share` of the layers; those
-    below store no activations. With `checkpointing` those above keep only their inputs and compute
-    the rest again in the backward pass: less memory for more time, with the same gradient."""
-    base = base_of(model)
-    stack = getattr(base.get_decoder(), "layers", None)
-    if stack is None:
-        raise UserError(f"The layers of a {base.config.model_type} model are not known here.")
-    first = len(stack) - max(1, round(len(stack) * layer_share))
-    linear, known = set(), set()
-    for name, module in stack.named_modules():
-        known.add(leaf := name.rpartition(".")[2])
-        if isinstance(module, torch.nn.Linear):
-            linear.add(leaf)
-    wanted = sorted(linear) if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+    below store no activations."""
+    stack = base_of(model).get_decoder().layers
+    leaves = [(name.rpartition(".")[2], module) for name, module in stack.named_modules()]
+    linear = sorted({name for name, module in leaves if isinstance(module, torch.nn.Linear)})
+    wanted = linear if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     for target in wanted:  # peft complains only when it finds none of them
-        if target not in known:
+        if target not in dict(leaves):
             raise UserError(
-                f"--lora-targets: the layers of this model have no module {target!r}, and only what "
-                f"lies in its layers can get LoRA: all-linear, or some of {', '.join(sorted(linear))}."
+                f"--lora-targets: the layers have no module {target!r}, and nothing outside of them "
+                f"is trained; use all-linear, or some of {', '.join(linear)}."
             )
-    layers = list(range(first, len(stack)))
+    first = len(stack) - max(1, round(len(stack) * layer_share))
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=wanted,
         task_type="CAUSAL_LM",
-        layers_to_transform=layers,
+        layers_to_transform=list(range(first, len(stack))),
     )
     try:
-        model = peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
-    if checkpointing:
-        for layer in stack[first:]:
-            again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-            layer.forward = again
-    return model
 
 
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
     """The model, which the user named `given`, with one more adapter from a run's folder, if it was
     made for it."""
-    made_for, device = adapter_settings(folder)["model"], str(base_of(model).device)
+    made_for, path = adapter_settings(folder)["model"], folder / "adapter_model.safetensors"
     if Path(made_for).name != Path(given).name:
-        raise UserError(
-            f"The adapter in {folder} was made for {made_for}, not for {given}; give the right --model."
-        )
-    path = folder / "adapter_model.safetensors"
+        raise UserError(f"{folder} was made for {made_for}, not for {given}; give its --model.")
     if not path.is_file():  # peft would ask the hub for it
-        raise UserError(f"There is no {path}: {folder} holds no adapter in safetensors' format.")
-    options = {"adapter_name": name, "torch_device": device, "is_trainable": trainable}
+        raise UserError(f"{folder} holds no adapter in safetensors' format (no {path.name}).")
+    options = {"adapter_name": name, "is_trainable": trainable}
+    options["torch_device"] = str(base_of(model).device)
     try:
         if isinstance(model, peft.PeftModel):
             model.load_adapter(str(folder), **options)
         else:
             model = peft.PeftModel.from_pretrained(model, str(folder), **options)
-        found = safetensors.torch.load_file(path)
-        wanted = peft.get_peft_model_state_dict(
-            model, adapter_name=name, save_embedding_layers=False
-        )
-        if found.keys() != wanted.keys():
-            raise ValueError(f"{min(found.keys() ^ wanted.keys())} is on one side only")
+        found, own = safetensors.load_file(path), {"save_embedding_layers": False}
+        wanted = peft.get_peft_model_state_dict(model, adapter_name=name, **own)
+        if strange := found.keys() ^ wanted.keys():
+            raise ValueError(f"{min(strange)} is on one side only")
     except Exception as error:  # other people's files
-        if out_of_memory(error):
-            raise
-        raise UserError(
-            f"The adapter in {folder} does not fit {given}: {first_line(error)}"
-        ) from None
+        raise UserError(f"{folder} does not fit {given}: {first_line(error)}") from None
     check_finite(found.items(), path)
     return model
 
@@ -969,40 +1034,36 @@ def save_checkpoint(thing, folder: Path, **options) -> None:
 def end_tokens(model, tokenizer=None) -> set[int]:
     """Every end token that the generation config, the config or the tokenizer knows."""
     base, found = base_of(model), set()
-    for knows in (
-        getattr(base, "generation_config", None),
-        base.config.get_text_config(),
-        tokenizer,
-    ):
+    generation = getattr(base, "generation_config", None)
+    for knows in (generation, base.config.get_text_config(), tokenizer):
         value = getattr(knows, "eos_token_id", None)
-        if value is not None:
-            found.update(value if isinstance(value, (list, tuple)) else [value])
-    return found
+        found.update(value if isinstance(value, (list, tuple)) else [value])
+    return found - {None}
 
 
 def choose_prompt(option: str, model, tokenizer) -> str:
-    """ "chat", "plain", or the text of a template. auto: the model folder's own prompt.txt if there
-    is one, else chat for chat models. Base checkpoints ship chat templates too, so a chat model is
-    one that also stops, by its own configuration, at the token with which its template ends a turn.
-    """
-    own = Path(tokenizer.name_or_path) / "prompt.txt"
+    """ "chat", "plain", or the text of a template. auto: the model folder's prompt.txt if there is
+    one, else chat for chat models. Base checkpoints ship chat templates too, so a chat model is one
+    that also stops, by its own configuration, where its template ends a turn."""
+    own, template = (
+        Path(tokenizer.name_or_path) / "prompt.txt",
+        getattr(tokenizer, "chat_template", None),
+    )
     if option == "auto" and own.is_file() and (own.parent / "config.json").is_file():
         option = str(own)
     if option == "auto":
-        if not getattr(tokenizer, "chat_template", None):
-            return "plain"
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
-        return "chat" if end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:]) else "plain"
-    if option == "chat" and not getattr(tokenizer, "chat_template", None):
+        chats = template and end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:])
+        option = "chat" if chats else "plain"
+    if option == "chat" and not template:
         raise UserError(
             "This model's tokenizer has no chat template; use --prompt plain, or a file."
         )
     if option in ("chat", "plain"):
         return option
-    template = read_text(Path(option))
-    if "{question}" not in template:
+    if "{question}" not in (text := read_text(Path(option))):
         raise UserError(f"The prompt file {option} does not contain {{question}}.")
-    return template
+    return text
 
 
 def peak_memory(device, reset: bool = False) -> int:
@@ -1037,9 +1098,7 @@ def release_memory() -> None:
 
 # ---- 4. Rollout: sampling groups of completions -------------------------------------------------
 
-# Rows of [vocabulary] logits at a time. With 152k tokens, 48 rows stay below the 32 MiB above which
-# malloc asks the system for memory at every token.
-SAMPLED_ROWS = 48
+SAMPLED_ROWS = 48  # of [vocabulary] logits at a time: with 152k tokens below malloc's 32 MiB
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32; see draw
 
 
@@ -1074,40 +1133,39 @@ def logits_of(model, hidden):
 
 
 def draw(logits, temperature: float, generator):
-    """One token a row of `logits` [rows, V] (overwritten), drawn from softmax(logits / temperature),
-    the entropy in nats of that distribution, and the token's log-prob in it: three tensors [rows].
-    Temperature 0: the most likely token, with the numbers of temperature 1. Token -1 where the
-    logits are not finite.
-
-    On a CPU by inverting the cumulative distribution, first over blocks of the vocabulary and then
-    within one: torch.multinomial draws V numbers a row, more slowly than the model runs. Sums over
-    blocks are in float64, or rounding would shift the distribution.
-    """
-    logps = logits.div_(temperature or 1.0).log_softmax(-1).clamp_(min=-1e4)  # 0 * -inf is NaN
-    probs = logps.exp()
-    entropies = -torch.bmm(probs[:, None], logps[:, :, None]).flatten()
+    """One token a row of `logits` [rows, V] (overwritten) from softmax(logits / temperature), that
+    distribution's entropy in nats, and the token's log-prob in it: three tensors [rows]. At
+    temperature 0 the most likely token, with the numbers of temperature 1. Token -1 where logits
+    are NaN. On a CPU the cumulative distribution is inverted, first over blocks of the vocabulary,
+    in float64, then within one: torch.multinomial is slower there than the model."""
+    scores = logits.div_(temperature or 1.0).clamp_(min=-1e30)  # 0 * -inf would be NaN below
+    probs = scores.softmax(-1)
     if temperature == 0:
-        tokens = logps.argmax(-1, keepdim=True)
+        tokens = scores.argmax(-1)
     elif logits.device.type == "cpu":
         blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(
             1, (-1, BLOCK)
         )
-        ends = blocks.sum(-1).double().cumsum(-1)  # [rows, V / BLOCK]
+        sums = blocks.sum(-1).double()  # [rows, V / BLOCK]
+        ends = sums.cumsum(-1)
         chance = 1 - torch.rand(
             len(logits), 1, generator=generator, dtype=torch.float64
         )  # in (0, 1]
         at = chance * ends[:, -1:]
         block = torch.searchsorted(ends, at).clamp_(max=ends.shape[1] - 1)
-        start = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
+        into = 1 - (ends.gather(1, block) - at) / sums.gather(
+            1, block
+        )  # share of the block, (0, 1]
         within = blocks[torch.arange(len(blocks)), block[:, 0]].double().cumsum(-1)  # [rows, BLOCK]
-        share = (at - start) / (ends.gather(1, block) - start)
-        inner = torch.searchsorted(within, share * within[:, -1:]).clamp_(max=BLOCK - 1)
-        tokens = block * BLOCK + inner
-    else:  # an exponential race, as a parallel sum need not be monotone
+        inner = torch.searchsorted(within, into * within[:, -1:]).clamp_(max=BLOCK - 1)
+        tokens = (block * BLOCK + inner)[:, 0].clamp_(max=probs.shape[1] - 1)
+    else:  # an exponential race, since a sum in parallel need not grow steadily
         noise = torch.empty_like(probs).exponential_(generator=generator)
-        tokens = (probs / noise).argmax(-1, keepdim=True)
-    chosen = logps.gather(1, tokens.clamp_(max=logps.shape[1] - 1))[:, 0]
-    return torch.where(entropies.isfinite(), tokens[:, 0], -1), entropies, chosen
+        tokens = (probs / noise).argmax(-1)
+    logps = probs.gather(1, tokens[:, None])[:, 0].log()
+    log_total = scores.gather(1, tokens[:, None])[:, 0] - logps  # of exp(scores)
+    entropies = log_total - torch.linalg.vecdot(probs, scores)
+    return torch.where(entropies.isfinite(), tokens, -1), entropies.clamp_(min=0), logps
 
 
 def sample(
@@ -1127,12 +1185,11 @@ def sample(
 ):
     """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
 
-    A completion is drawn from softmax(logits / temperature) and nothing else (temperature 0: the
-    most likely token). It ends with, and keeps, the first token in `ends` (default: all that the
-    model or tokenizer knows), or the token that completes the text `stop`, or at `max_new_tokens`.
-    A prompt's entry in `prefixes` is taken as the beginning of its completions: it counts for
-    `stop` and `max_new_tokens`, and is not returned. At most `rows` completions at a time.
-    `with_stats`: (completions, entropies, logprobs), nested alike, see draw.
+    Drawn from softmax(logits / temperature) and nothing else (temperature 0: the most likely token).
+    A completion ends with, and keeps, the first token in `ends` (default: all that the model or
+    tokenizer knows), the token that completes the text `stop`, or that at `max_new_tokens`. It
+    begins with the prompt's entry in `prefixes`, which counts for both and is not returned. At most
+    `rows` at a time. `with_stats`: (completions, entropies, logprobs), nested alike; see draw.
     """
     ends = end_tokens(model, tokenizer) if ends is None else ends
     prefixes = prefixes or [[]] * len(prompts)
@@ -1147,13 +1204,13 @@ def sample(
 
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike: little padding
-    result: list = [[] for _ in prompts]
+    result: list[list] = [[] for _ in prompts]
     width = max(1, rows // group_size)
     with torch.inference_mode():
         for first in range(0, len(order), width):
-            chunk = order[first : first + width]
             for done in range(0, group_size, rows):
-                owners = [i for i in chunk for _ in range(min(rows, group_size - done))]
+                count = min(rows, group_size - done)
+                owners = [i for i in order[first : first + width] for _ in range(count)]
                 drawn = _decode(model, starts, owners, ended, temperature, generator)
                 for i, completion in zip(owners, drawn):
                     result[i].append(completion)
@@ -1163,41 +1220,47 @@ def sample(
 
 def _prefill(base, prompts: list[list[int]]):
     """Compute prompts as one batch, padded on the left: (cache, final hidden state [B, width] of
-    each prompt, which places of the cache hold tokens [B, P], number of tokens [B, 1]). What all
-    prompts begin with (the worked examples) is computed once and repeated."""
-    decoder, device = base.get_decoder(), base.device
+    each prompt, which places of the cache hold tokens [B, P]). What all begin with (the worked
+    examples) is computed once and repeated."""
     cache = transformers.DynamicCache(config=base.config)
     shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
     if shared:
-        ids = torch.tensor([shared], device=device)
-        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        ids = torch.tensor([shared], device=base.device)
+        base.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
-    longest = rounded(max(map(len, prompts)) - len(shared))
     rests = [prompt[len(shared) :] for prompt in prompts]
-    pads = [[0] * (longest - len(rest)) for rest in rests]
-    ids = torch.tensor([pad + rest for pad, rest in zip(pads, rests)], device=device)
-    seen = [[1] * len(shared) + pad + [1] * len(rest) for pad, rest in zip(pads, rests)]
-    visible = torch.tensor(seen, device=device)
-    positions = (visible.cumsum(1) - 1).clamp(min=0)[:, len(shared) :]
-    hidden = decoder(
+    longest = rounded(max(map(len, rests)))
+    ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=base.device)
+    visible = torch.ones(len(rests), len(shared) + longest, dtype=torch.bool, device=base.device)
+    for row, rest in zip(visible, rests):
+        row[len(shared) : len(shared) + longest - len(rest)] = False
+    hidden = _step(base, cache, ids, visible)
+    return cache, hidden, visible
+
+
+def _step(base, cache, ids, visible):
+    """Final hidden states [B, width] of the last of `ids` [B, n], which come after what is cached."""
+    positions = (visible.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if ids.shape[1] == 1:
+        visible = blocked(~visible, base.dtype)[:, None, None]
+    output = base.get_decoder()(
         input_ids=ids,
         attention_mask=visible,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return cache, hidden[:, -1].contiguous(), visible, positions[:, -1:] + 1
+    )
+    return output.last_hidden_state[:, -1].contiguous()
 
 
 def _decode(model, starts, owners: list[int], ended: Callable, temperature: float, generator):
-    """One completion for each of `owners` (numbers of `starts`, sorted) as three lists: tokens,
-    entropies, log-probs. Each start is computed once, and repeated for its group."""
-    base = base_of(model)
-    unique = list(dict.fromkeys(owners))
-    cache, hidden, visible, position = _prefill(base, [starts[i] for i in unique])
+    """One completion for each of `owners` (numbers of `starts`, equal ones together) as three lists:
+    tokens, entropies, log-probs. Each start is computed once, and repeated for its group."""
+    base, unique = base_of(model), list(dict.fromkeys(owners))
+    cache, hidden, visible = _prefill(base, [starts[i] for i in unique])
     count = len(owners) // len(unique)
     cache.batch_repeat_interleave(count)
-    hidden, visible, position = (x.repeat_interleave(count, 0) for x in (hidden, visible, position))
+    hidden, visible = hidden.repeat_interleave(count, 0), visible.repeat_interleave(count, 0)
     completions: list[tuple] = [([], [], []) for _ in owners]
     live = list(range(len(owners)))
     while True:
@@ -1205,33 +1268,28 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
             draw(logits_of(model, h), temperature, generator) for h in hidden.split(SAMPLED_ROWS)
         ]
         tokens, *stats = (torch.cat(column) for column in zip(*parts))
-        for row, *step in zip(live, tokens.tolist(), *(s.tolist() for s in stats)):
-            for part, value in zip(completions[row], step):
+        for row, *values in zip(live, tokens.tolist(), *(column.tolist() for column in stats)):
+            for part, value in zip(completions[row], values):
                 part.append(value)
         if any(completions[row][0][-1] < 0 for row in live):
-            raise NotFinite("The model's logits are not finite numbers (NaN or infinity).")
+            raise NotFinite(
+                "The model's logits are not finite (NaN); try a lower --lr, --dtype float32."
+            )
         keep = [i for i, row in enumerate(live) if not ended(owners[row], completions[row][0])]
         if not keep:
             return completions
         if len(keep) < len(live):  # finished rows would cost as much as the others
             live, index = [live[i] for i in keep], torch.tensor(keep, device=base.device)
             cache.batch_select_indices(index)
-            tokens, visible, position = tokens[index], visible[index], position[index]
-        visible = torch.nn.functional.pad(visible, (0, 1), value=1)
-        hidden = base.get_decoder()(
-            input_ids=tokens[:, None],
-            attention_mask=blocked(visible == 0, hidden.dtype)[:, None, None],
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        hidden, position = hidden[:, -1].contiguous(), position + 1
+            tokens, visible = tokens[index], visible[index]
+        visible = torch.nn.functional.pad(visible, (0, 1), value=True)
+        hidden = _step(base, cache, tokens[:, None], visible)
 
 
-def blocked(hidden_places, dtype):
-    """The additive attention mask of a boolean one: 0, or the dtype's minimum where it is True."""
-    mask = torch.zeros(hidden_places.shape, dtype=dtype, device=hidden_places.device)
-    return mask.masked_fill_(hidden_places, torch.finfo(dtype).min)
+def blocked(places, dtype):
+    """The additive attention mask of a boolean one: the dtype's minimum where it is True, else 0."""
+    mask = torch.zeros(places.shape, dtype=dtype, device=places.device)
+    return mask.masked_fill_(places, torch.finfo(dtype).min)
 
 
 def rounded(length: int, multiple: int = 16) -> int:
@@ -1239,24 +1297,30 @@ def rounded(length: int, multiple: int = 16) -> int:
     return -(-length // multiple) * multiple
 
 
-def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollout]:
-    """Sample and score one group per problem; `prefixes` for replays, see sample."""
-    prefixes = prefixes or [[]] * len(problems)
-    prompts = [policy.prompt_ids(problem.question) for problem in problems]
-    drawn = sample(
+def ask(policy, prompts, count: int, settings, temperature: float, seed: int, prefixes=None):
+    """`sample` with its statistics, as a policy is asked."""
+    return sample(
         policy.model,
         policy.tokenizer,
         prompts,
-        settings.group_size,
+        count,
         prefixes=prefixes,
         max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
+        temperature=temperature,
         stop=policy.stop,
         ends=policy.ends,
         rows=settings.batch_rows,
         seed=seed,
         with_stats=True,
     )
+
+
+def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollout]:
+    """Sample and score one group per problem; `prefixes` for replays, see sample."""
+    prefixes = prefixes or [[]] * len(problems)
+    prompts = [policy.prompt_ids(problem.question) for problem in problems]
+    size, temperature = settings.group_size, settings.temperature
+    drawn = ask(policy, prompts, size, settings, temperature, seed, prefixes)
     rollouts = []
     for problem, prompt, prefix, group, *stats in zip(problems, prompts, prefixes, *drawn):
         rewards = [policy.reward(problem, prefix + completion) for completion in group]
@@ -1267,12 +1331,12 @@ def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollo
 def replay_points(policy, rollouts: list[Rollout], turns: range, settings, rng: random.Random):
     """(problems, prefixes) of the replays number `turns`: random positions inside successful (even
     numbers) and failed completions of groups with signal, so that later positions branch too."""
-    pools: dict[bool, list] = {True: [], False: []}
+    pools: tuple[list, list] = [], []
     for rollout in rollouts:
         for completion, reward in zip(rollout.completions, rollout.rewards):
             if rollout.has_signal and 2 < len(completion) < settings.max_new_tokens:
-                pools[reward == max(rollout.rewards)].append((rollout.problem, completion))
-    filled = [pool for pool in pools.values() if pool]
+                pools[reward < max(rollout.rewards)].append((rollout.problem, completion))
+    filled = [pool for pool in pools if pool]
     problems, prefixes = [], []
     for turn in turns if filled else []:
         problem, whole = rng.choice(filled[turn % len(filled)])
@@ -1344,14 +1408,7 @@ def grpo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
     return _spread(rewards, trie.paths)
 
 
-def s_grpo_weights(
-    trie: Trie,
-    rewards: list[float],
-    alpha: int,
-    p: float,
-    rng: random.Random,
-    k: int | None = None,
-) -> dict[int, float]:
+def s_grpo_weights(trie: Trie, rewards, alpha: int, p: float, rng, k: int | None = None):
     """S-GRPO (arXiv 2504.20834): as GRPO over a random subset of each completion's positions: every
     t < alpha, then each with probability p until there are k; len_i is the size of the subset."""
     chosen = []
@@ -1370,34 +1427,33 @@ def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
     return through
 
 
-def t_spmo_weights(trie: Trie, rewards: list[float], on_prob: bool = True) -> dict[int, float]:
-    """T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, where A(v|p) is the
-    mean reward of the completions through prefix p and token v, minus that of all through p. Only
-    branch points get any. `on_prob`: the term is credit * pi instead of credit * log pi, so where
-    the trie knows log-probs the weight is credit * pi (the gradient of pi is pi * that of log pi).
-    """
+def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
+    """T-SPMO (arXiv 2504.20834), branch points only: {node: A(v|p) / number of nodes with credit},
+    A(v|p) = mean reward of the completions through prefix p and token v, minus that of all through
+    p. Its term is one of pi, so where the trie knows pi the weight is times pi (see the head)."""
     mean = {n: sum(passing) / len(passing) for n, passing in rewards_through(trie, rewards).items()}
     credit = {node: mean[node] - mean[parent] for node, parent in enumerate(trie.parents)}
     credit = {node: value for node, value in credit.items() if abs(value) > 1e-9}
-    pi = [math.exp(x) if on_prob else 1.0 for x in trie.logprobs or [0.0] * len(trie.tokens)]
+    pi = [math.exp(logprob) for logprob in trie.logprobs or [0.0] * len(trie.tokens)]
     return {node: value * pi[node] / len(credit) for node, value in credit.items()}
 
 
 def credit_function(settings) -> Callable[[Trie, list[float], random.Random], dict[int, float]]:
     """(trie, rewards, rng) -> {node: weight}, as --method names it: one of the three above with its
     numbers from the settings, or a function of the user's own."""
-    alpha, p, k = settings.alpha, settings.p, settings.k or None
-    if settings.method == "grpo":
-        return lambda trie, rewards, rng: grpo_weights(trie, rewards)
-    if settings.method == "s-grpo":
-        return lambda trie, rewards, rng: s_grpo_weights(trie, rewards, alpha, p, rng, k)
-    if settings.method == "t-spmo":
-        return lambda trie, rewards, rng: t_spmo_weights(trie, rewards, settings.on_prob)
-    if not is_code(settings.method):
+    numbers = {"alpha": settings.alpha, "p": settings.p, "k": settings.k or None}
+    own = {
+        "grpo": lambda trie, rewards, rng: grpo_weights(trie, rewards),
+        "s-grpo": lambda trie, rewards, rng: s_grpo_weights(trie, rewards, rng=rng, **numbers),
+        "t-spmo": lambda trie, rewards, rng: t_spmo_weights(trie, rewards),
+    }
+    if 0 < settings.k < settings.alpha:
+        raise UserError(f"--k {settings.k} must not be less than --alpha {settings.alpha}.")
+    if settings.method not in own and not is_code(settings.method):
         raise UserError(
-            f"--method {settings.method} is not one of {', '.join(METHODS)} or FILE.py:function."
+            f"--method {settings.method} is none of {', '.join(own)}, FILE.py:function."
         )
-    return load_function(settings.method)
+    return own.get(settings.method) or load_function(settings.method)
 
 
 def method_name(method: str) -> str:
@@ -1605,8 +1661,6 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     for p in params:  # the losses of all processes are parts of one sum
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad / scale
         p.grad = accelerate.utils.reduce(p.grad, "sum")
-        if trained and settings.l2:
-            p.grad += 2 * settings.l2 * p.detach()
     norm = float(torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM))
     kl, skipped = 0.0, not math.isfinite(norm)
     if trained and not skipped:
@@ -2049,12 +2103,12 @@ CURVES = {  # of a step: how the live table writes it ("": not at all), and what
     "signal": ("{:6.0%}", "share of the groups whose rewards differ"),
     "distinct": ("", "share of a group's completions that are distinct"),
     "entropy": ("{:7.3f}", "entropy, nats a token"),
-    "kl": ("{:6.4f}", "KL between the policies before and after, nats a token"),
+    "kl": ("{:6.1g}", "KL between the policies before and after, nats a token"),
     "length": ("{:6.0f}", "length of a completion, tokens"),
     "trained": ("{:7.1%}", "share of the generated tokens that is trained"),
-    "rollout_s": ("{:6.1f}", "time for the rollout, s"),
-    "update_s": ("{:5.1f}", "time for the update, s"),
-    "memory": ("{:5.3g}G", "peak memory, GiB"),
+    "rollout_s": ("{:6.2f}", "time for the rollout, s"),
+    "update_s": ("{:5.2f}", "time for the update, s"),
+    "memory": ("{:5.2f}G", "peak memory, GiB"),
 }
 
 
@@ -2230,7 +2284,7 @@ def drift_table(then: list[dict], now: list[dict]) -> tuple[Table, bool]:
 
 def method_rule(method: str, function: Callable, alpha: int, p: float, k: int | None) -> str:
     """What a method trains, in words; of a FILE.py:function, what its docstring says first."""
-    cap = f" (at most {k} in all)" if k else ""
+    cap = f", at most {k} a completion" if k else ""
     rules = {
         "grpo": "all tokens, each by its completion's reward against the group's mean",
         "s-grpo": f"as grpo, but on tokens drawn at random: the first {alpha} of each completion, "
@@ -2378,77 +2432,60 @@ def save_picture(curves: dict, means: dict, what: str, path: Path) -> None:
 # ---- 9. Command line ----------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("s-grpo", "t-spmo", "grpo")
 
 
-def check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise UserError(f"{name} {value} is not one of {', '.join(choices)}.")
-
-
 @app.callback()
-def about(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-):
+def about(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False):
     if version:
         console.print(f"tokenrl {__version__}")
         raise typer.Exit()
 
 
-def own(help: str, default: str | bool = True, flag: str = ""):
+def own(help: str, default: str | bool = True, *names: str):
     """An option of one command alone."""
-    return typer.Option(
-        *[flag] * bool(flag), help=help, show_default=default, rich_help_panel="This command"
-    )
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel="This command")
 
 
 def asks(command: Callable) -> Callable:
-    """`command(settings, given, own options)` as a typer command: its options are those fields of
-    Settings that name it, and its own. `given` are the names of those on this command line."""
+    """`command(settings, given, its own options)` as a typer command: it has the options of Settings
+    that name it. `given` are the names of those that stand on this command line."""
     name = command.__name__.removesuffix("_command")
-    first = inspect.Parameter
-    keyword = first.KEYWORD_ONLY
+    parameter, keyword = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
     task = Annotated[str, typer.Argument(help="svamp, multiply, or a task that prep made.")]
     parameters = [
-        first("context", first.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        first("task", keyword, annotation=task),
+        parameter("context", parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        parameter("task", keyword, annotation=task),
     ]
     for item in fields(Settings):
         if name in item.metadata.get("on", ()):
             kind = Annotated[item.type, item.metadata["info"]]
-            parameters.append(first(item.name, keyword, default=item.default, annotation=kind))
-    mine = list(inspect.signature(command).parameters.values())[2:]
-    parameters += [parameter.replace(kind=keyword) for parameter in mine]
-    known = {item.name for item in fields(Settings)}
+            parameters.append(parameter(item.name, keyword, default=item.default, annotation=kind))
+    for mine in list(inspect.signature(command).parameters.values())[2:]:
+        parameters.append(mine.replace(kind=keyword))
 
     def run(context: typer.Context, **values):
-        settings = Settings(**{key: values.pop(key) for key in known & values.keys()})
-        source = {key: context.get_parameter_source(key).name for key in context.params}
+        known = {item.name for item in fields(Settings)} & values.keys()
+        settings = Settings(**{key: values.pop(key) for key in known})
         check_settings(settings)
-        command(settings, {key for key in known if source.get(key) == "COMMANDLINE"}, **values)
+        source = context.get_parameter_source
+        command(settings, {key for key in known if source(key).name == "COMMANDLINE"}, **values)
 
     run.__signature__, run.__doc__ = inspect.Signature(parameters), command.__doc__
     return run
-
-
-# -- a policy from the settings --
 
 
 def find_policy(settings: Settings) -> tuple[Policy, Task]:
     """Load what the settings ask for. A model that the user named is never replaced."""
     if settings.model != "auto":
         return load_policy(settings, settings.model)
-    reason = "No CUDA GPU in use"
-    if settings.task != "svamp" or pick_device(settings.device).startswith("cuda"):
+    reason, svamp = "No CUDA GPU in use", settings.task == "svamp"
+    if not svamp or pick_device(settings.device).startswith("cuda"):
         try:
             return load_policy(settings, DEFAULT_MODEL)
         except Unreachable as error:
-            if settings.task != "svamp":
-                raise UserError(
-                    f"{error} It was asked for because --model names none; to only try the "
-                    "commands, --model demo is enough."
-                ) from None
+            if not svamp:
+                raise UserError(f"{error} (To only try the commands: --model demo.)") from None
             reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
     console.print(
         f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
@@ -2460,23 +2497,21 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
 
 def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
     """What find_policy returns, with the model of this name, which is put into the settings."""
-    settings.model, bundled = name, is_bundled(name)
+    settings.model, bundled, folder = name, is_bundled(name), settings.data_dir
     if bundled and not (DATA / "demo").is_dir():
         raise UserError(f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
     demo = settings.task == "svamp" and bundled  # it has never seen the words of the real SVAMP
-    if settings.task == "svamp" and not demo and not (settings.data_dir / "svamp").is_dir():
+    if settings.task == "svamp" and not demo and not (folder / "svamp").is_dir():
         console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
-        write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
-    where = ("demo", DATA) if demo else (settings.task, settings.data_dir)
-    task = load_task(*where, numeric=settings.reward == "number")
+        write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, folder)
+    name_and_place = ("demo", DATA) if demo else (settings.task, folder)
+    task = load_task(*name_and_place, numeric=settings.reward == "number")
     score = reward_function(settings.reward, task.decimal)
     metric = reward_function(settings.metric, task.decimal) if settings.metric else None
+    small = bundled and settings.device == "auto" and pick_device("auto") == "mps"
     if not bundled:
         console.print(f"Loading {name} ...")
-    device = settings.device
-    if bundled and device == "auto" and pick_device("auto") == "mps":
-        device = "cpu"  # faster for so small a model
-    model, tokenizer = load_model(name, device, settings.dtype)
+    model, tokenizer = load_model(name, "cpu" if small else settings.device, settings.dtype)
     check_model(model, tokenizer)
     form = choose_prompt(settings.prompt, model, tokenizer)
     if settings.shots and form not in ("chat", "plain"):
@@ -2485,17 +2520,14 @@ def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
     return Policy(model, tokenizer, form, examples, score, metric, settings.stop), task
 
 
-# -- a run's folder: runs/NAME --
+# A run's folder: config.json, metrics.jsonl, eval.jsonl, state.pt, and the adapter as peft has it.
 
 
 def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(read_text(path))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object, as the file of a run must be.")
-    return found
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(read_text(path)), dict):
+            return found
+    raise UserError(f"{path} is not a JSON object, as the file of a run must be.")
 
 
 def run_settings(run: Path) -> dict:
@@ -2504,13 +2536,10 @@ def run_settings(run: Path) -> dict:
     saved = read_json(path).get("settings") if path.exists() else {}
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds no settings of a run.")
-    known = {key: saved[key] for key in asdict(Settings()).keys() & saved.keys()}
-    if isinstance(known.get("data_dir"), str):
-        known["data_dir"] = Path(known["data_dir"])
-    try:
-        check_settings(Settings(**known))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    known = {item.name: saved[item.name] for item in fields(Settings) if item.name in saved}
+    if "data_dir" in known:
+        known["data_dir"] = Path(str(known["data_dir"]))
+    check_settings(Settings(**known))
     return known
 
 
@@ -2522,102 +2551,91 @@ def adapter_settings(run: Path) -> dict:
     return {"model": str(model or "a model that it does not name")} | run_settings(run)
 
 
-def refuse_foreign_code(settings: Settings, given: set[str], run: Path) -> None:
+def refuse_foreign_code(settings: Settings, given: set[str], keys: list[str], run: Path) -> None:
     """A FILE.py is run only where this command line names it: a run's folder may be a stranger's."""
-    for key in ("reward", "metric", "method"):
-        value = getattr(settings, key)
-        if is_code(value) and key not in given:
-            raise UserError(
-                f"{run} was made with code from {value}; if you trust it, say so again: "
-                f"--{key} {shlex.quote(value)}"
-            )
+    for key in keys:
+        if is_code(value := getattr(settings, key)) and key not in given:
+            again = f"--{key} {shlex.quote(value)}"
+            raise UserError(f"{run} was made with code from {value}; if you trust it, add {again}")
 
 
-def ask_as_trained(settings: Settings, given: set[str], run: Path, on: str) -> None:
-    """Take over the settings with which a run's adapter was trained, where this call of the command
-    `on` says nothing else."""
-    here = {"task", "data_dir", "device", "dtype", "batch_rows", "seed"}
+def ask_as_trained(settings: Settings, given: set[str], run: Path, keys: list[str]) -> None:
+    """Take over `keys` of the settings with which a run's adapter was trained, where this command
+    line says nothing else."""
     for key, value in adapter_settings(run).items():
-        item = Settings.__dataclass_fields__[key]
-        if on in item.metadata.get("on", ()) and key not in given | here:
+        if key in keys and key not in given:
             setattr(settings, key, value)
-    if on != "inspect":
-        settings.method = Settings.method
-    refuse_foreign_code(settings, given, run)
+    refuse_foreign_code(settings, given, [key for key in keys if key in CODE], run)
+
+
+CODE = ["reward", "metric", "method"]
+ASKED = ["model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
 
 
 def resume_settings(settings: Settings, given: set[str], run: Path) -> Settings:
     """The run's own settings; what this command line says must agree with them, but for what is of
     the machine: the data may have moved, the memory have run out."""
     saved = run_settings(run)
-    if not saved:
-        raise UserError(f"{run} is not a run that can be resumed (it has no config.json).")
-    if lacking := asdict(settings).keys() - saved.keys():
+    if lacking := {item.name for item in fields(Settings)} - saved.keys():
         raise UserError(
-            f"{run} is of an earlier version (its config.json lacks {min(lacking)}): evaluate it, or "
-            f"go on from it with --adapter {run}."
+            f"{run} cannot be resumed: there is no {min(lacking)} in its config.json. A run of an "
+            f"earlier version can be evaluated, or gone on from with --adapter {run}."
         )
     again = Settings(**saved)
-    machine = {"data_dir", "device", "batch_rows", "max_pack_tokens", "checkpointing", "save_every"}
     for key in sorted(given):
-        if key in machine:
-            setattr(again, key, getattr(settings, key))
-        elif getattr(settings, key) != getattr(again, key):
+        here, there = getattr(settings, key), saved[key]
+        if key in ("data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"):
+            setattr(again, key, here)
+        elif here != there:
+            option = f"--{key.replace('_', '-')}"
             raise UserError(
-                f"--resume continues a run with its own settings, and --{key.replace('_', '-')} was "
-                f"{getattr(again, key)}; start a new run for {getattr(settings, key)}."
+                f"{run} goes on with its own settings: {option} was {there}, not {here}."
             )
     if settings.task != again.task:
         raise UserError(f"{run} was trained on {again.task}, not on {settings.task}.")
-    refuse_foreign_code(again, given, run)
+    refuse_foreign_code(again, given, CODE, run)
     return again
 
 
-def fingerprint(task: Task) -> str:
-    """Of a task's problems: a run must go on with those that it began with."""
+def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> Path:
+    """The folder of a run that is to go on, or a new one: runs/NAME, or -2, -3, ... behind it."""
     rows = [asdict(problem) for problem in task.train + task.test]
-    return hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
-
-
-def new_run(name: str, settings: Settings, task: Task) -> Path:
-    """runs/NAME, or runs/NAME-2, -3, ... where that is taken, with config.json in it."""
+    data = hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
+    if resume:
+        if read_json(resume / "config.json").get("data") != data:
+            raise UserError(
+                f"The task's data are not those that {resume} began with: prepare those."
+            )
+        if not (resume / "state.pt").exists():
+            if (resume / "adapter_model.safetensors").exists():
+                raise UserError(f"{resume} has an adapter but no state.pt: it cannot be resumed.")
+            console.print(f"{resume} was ended before its first save: it starts at step 0.")
+        return resume
     run, number = Path("runs") / name, 2
     while run.exists():
         run, number = Path("runs") / f"{name}-{number}", number + 1
     run.mkdir(parents=True)
-    versions = {"tokenrl": __version__, "torch": torch.__version__, "peft": peft.__version__}
-    versions["transformers"] = transformers.__version__
-    config = {"settings": asdict(settings), "versions": versions, "data": fingerprint(task)}
+    versions = {lib.__name__: lib.__version__ for lib in map(importlib.import_module, LIBRARIES)}
+    config = {
+        "settings": asdict(settings),
+        "data": data,
+        "versions": versions | {"tokenrl": __version__},
+    }
     write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
 
 
-def check_run(run: Path, task: Task) -> None:
-    """Refuse to resume what cannot be continued to the same numbers."""
-    if read_json(run / "config.json").get("data") != fingerprint(task):
-        raise UserError(
-            f"The data of the task are not those that {run} was trained on: prepare them as before, "
-            f"or start a new run from it with --adapter {run}."
-        )
-    if not (run / "state.pt").exists():
-        if (run / "adapter_model.safetensors").exists():
-            raise UserError(f"{run} has an adapter but no state.pt, so it cannot be resumed.")
-        console.print(f"{run} was ended before its first save: it starts at step 0.")
+LIBRARIES = ("torch", "transformers", "peft")
 
 
 @contextlib.contextmanager
 def locked(run: Path):
     """One process at a time writes into a run. The system lets go of the lock of one that dies."""
-    lock = filelock.FileLock(run / "run.lock")
     try:
-        lock.acquire(timeout=0)
+        with filelock.FileLock(run / "run.lock", timeout=0):
+            yield
     except filelock.Timeout:
         raise UserError(f"Another process is training {run}; wait for it, or end it.") from None
-    with lock:
-        yield
-
-
-# -- train --
 
 
 @app.command("train", epilog="Example: python tokenrl.py train svamp --method t-spmo --steps 50")
@@ -2628,7 +2646,7 @@ def train_command(
     name: Annotated[str, own("Folder in runs/.", "TASK-METHOD")] = "",
     resume: Annotated[Path | None, own("Continue the run in this folder.")] = None,
     dry_run: Annotated[
-        bool, own("Take one large step; tell its memory.", flag="--dry-run")
+        bool, own("Take one large step; tell its memory.", True, "--dry-run")
     ] = False,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
@@ -2648,65 +2666,52 @@ def train_command(
     check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
     if dry_run:
         return show_dry_run(policy, train_set, settings)
-    if resume:
-        run = resume
-        check_run(run, task)
-    else:
-        label = method_name(settings.method)
-        [run] = gather([new_run(name or f"{settings.task}-{label}", settings, task)] * is_main())
-    with locked(run) if is_main() else contextlib.nullcontext():
-        show_start(policy, settings, run, (train_set, held_out, test_set))
-        train_and_compare(policy, (train_set, held_out, test_set), settings, run)
-
-
-def memory_name(device) -> str:
-    return "VRAM" if torch.device(device).type == "cuda" else "memory"
-
-
-def is_main() -> bool:
-    """Whether this is the process that shows and saves."""
-    return rank_and_world()[0] == 0
+    label, rank = method_name(settings.method), rank_and_world()[0]
+    name = name or f"{settings.task}-{label}"
+    run = gather([None if rank else open_run(settings, task, name, resume)])[0]
+    with contextlib.nullcontext() if rank else locked(run):
+        base = base_of(policy.model)
+        trainable, total = policy.model.get_nb_trainable_parameters()
+        console.print(
+            f"{label} on {settings.task}: {len(train_set)} problems to train, {len(held_out)} to "
+            f"validate, {len(test_set)} to test\n{settings.prompts_per_step} x {settings.group_size} "
+            f"completions a step, {policy.prompt if len(policy.prompt) < 6 else 'template'} prompt\n"
+            f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in "
+            f"LoRA, {str(base.dtype).split('.')[1]} on {base.device}\nrun {run}"
+        )
+        train_and_compare(policy, train_set, held_out, test_set, settings, run)
 
 
 def trainable_model(policy: Policy, settings: Settings, given: set[str]):
     """The model with a fresh LoRA adapter, or with the one that --adapter starts from."""
+    shape = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
     if not settings.start_from:
-        shape = settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.lora_layers
-        return add_lora(policy.model, *shape, settings.checkpointing)
-    shape = {"lora_rank", "lora_alpha", "lora_targets", "lora_layers"}
-    if asked := sorted(shape & given):
-        option = asked[0].replace("_", "-")
-        raise UserError(f"--adapter has its own LoRA shape; leave out --{option}.")
+        return add_lora(policy.model, *(getattr(settings, key) for key in shape))
+    if asked := given.intersection(shape):
+        raise UserError(f"--adapter has its own shape of LoRA: leave out {min(asked)}.")
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
 
-def show_start(policy: Policy, settings: Settings, run: Path, sets: tuple) -> None:
-    base = base_of(policy.model)
-    trainable, total = policy.model.get_nb_trainable_parameters()
-    form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-    console.print(
-        f"{method_name(settings.method)} on {settings.task}: {len(sets[0])} problems to train, "
-        f"{len(sets[1])} to validate, {len(sets[2])} to test\n"
-        f"{settings.prompts_per_step} x {settings.group_size} completions a step, {form} prompt\n"
-        f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in LoRA, "
-        f"{str(base.dtype).split('.')[1]} on {base.device}\nrun {run}"
-    )
-
-
-def train_and_compare(policy: Policy, sets: tuple, settings: Settings, run: Path) -> None:
-    train_set, held_out, test_set = sets
-    memory = memory_name(base_of(policy.model).device)
-    again = f"python tokenrl.py train {settings.task} --resume {shlex.quote(run.as_posix())}"
-    again += code_options(settings)
+def train_and_compare(policy, train_set, held_out, test_set, settings: Settings, run: Path) -> None:
+    memory, folder = memory_name(base_of(policy.model).device), shlex.quote(run.as_posix())
+    again = f"python tokenrl.py train {settings.task} --resume {folder}{repeated(settings, CODE)}"
     with catch_signals(again) as stop:
-        results = {"base": evaluate_once(policy, test_set, settings, run, "base", stop)}
-        if settings.start_from:
-            results["start"] = evaluate_once(policy, test_set, settings, run, "start", stop)
-        tell_before(results["base"], settings)
+        asked = partial(evaluate_once, policy, test_set, settings, run, stop)
+        results = {
+            phase: asked(phase) for phase in ["base"] + ["start"] * bool(settings.start_from)
+        }
+        if base := results["base"]:
+            cut = fmean(record["truncated"] for record in base)
+            console.print(f"before training: {accuracy(base):.1%} of {len(base)} right (greedy)")
+            if cut > 0.5:
+                console.print(
+                    f"{cut:.0%} were cut off at {settings.max_new_tokens} tokens, which counts as "
+                    "wrong: unless that is what it shall learn, raise --max-new-tokens.",
+                    style="yellow",
+                )
         with live_table(settings.steps, memory, bool(held_out)) as show:
-            for row, rollouts in train(policy, train_set, held_out, settings, run, stop):
-                first = rollouts[0]
+            for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
                 text = policy.text(first.completions[0])
                 note = completion_note(first.problem, text, first.rewards[0], row["step"])
                 show(row, note if row["step"] % 10 == 1 else None)
@@ -2714,13 +2719,13 @@ def train_and_compare(policy: Policy, sets: tuple, settings: Settings, run: Path
             say_command("Stopped and saved. Continue with: ", again)
             raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
         accelerate.PartialState().wait_for_everyone()
-        weights = safetensors.load_file(run / "adapter_model.safetensors")
-        peft.set_peft_model_state_dict(policy.model, weights)  # that of the best validation
-        results["trained"] = evaluate_once(policy, test_set, settings, run, "trained", stop)
-    rows = [row for _, row in read_rows(run / "metrics.jsonl")]
+        kept = safetensors.load_file(run / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(policy.model, kept)
+        results["trained"] = asked("trained")
     if test_set:
         title = f"{settings.task}, {method_name(settings.method)}, {run}"
         console.print(comparison_table(results, title))
+    rows = [row for _, row in read_rows(run / "metrics.jsonl")]
     console.print(training_summary(rows, memory))
     if not sum(row["tokens_trained"] for row in rows):
         console.print(
@@ -2728,47 +2733,25 @@ def train_and_compare(policy: Policy, sets: tuple, settings: Settings, run: Path
             "--max-new-tokens with eval, or take easier problems or a larger model.",
             style="yellow",
         )
-    kept = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
-    console.print(f"Adapter: {run}, from step {kept['best_step']} of {kept['step']}")
-    say_command(
-        "Ask it again: ",
-        f"python tokenrl.py eval {settings.task} --adapter "
-        f"{shlex.quote(run.as_posix())}{code_options(settings)}",
-    )
+    state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
+    console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
+    command = f"python tokenrl.py eval {settings.task} --adapter {folder}"
+    say_command("Ask it again: ", command + repeated(settings, ["reward", "metric"]))
 
 
-def tell_before(base: list[dict], settings: Settings) -> None:
-    if not base:
-        return
-    console.print(
-        f"before training: {accuracy(base):.1%} of {len(base)} test problems right (greedy)"
-    )
-    cut = sum(record["truncated"] for record in base) / len(base)
-    if cut > 0.5:
-        console.print(
-            f"{cut:.0%} were cut off at {settings.max_new_tokens} tokens, which counts as wrong: "
-            "unless that is what it shall learn, raise --max-new-tokens.",
-            style="yellow",
-        )
-
-
-def code_options(settings: Settings) -> str:
-    """What command lines that we print must repeat: code, and where the data are."""
-    text = ""
-    for key in ("reward", "metric"):
-        if is_code(value := getattr(settings, key)):
-            text += f" --{key} {shlex.quote(value)}"
-    if settings.data_dir != DATA:
-        text += f" --data-dir {shlex.quote(settings.data_dir.as_posix())}"
-    return text
+def repeated(settings: Settings, keys: list[str]) -> str:
+    """What command lines that we print must say again: code, and where the data are."""
+    values = {key: getattr(settings, key) for key in keys}
+    text = "".join(f" --{k} {shlex.quote(v)}" for k, v in values.items() if is_code(v))
+    where = shlex.quote(settings.data_dir.as_posix())
+    return text if settings.data_dir == DATA else f"{text} --data-dir {where}"
 
 
 @contextlib.contextmanager
 def catch_signals(again: str):
     """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step in progress can be
     finished and saved. A second one ends the program at once, saying `again`."""
-    stop: list[int] = []
-    owner = os.getpid()
+    stop, owner = [], os.getpid()
 
     def handle(number, frame):
         if os.getpid() != owner:  # a process that a reward has forked
@@ -2780,12 +2763,11 @@ def catch_signals(again: str):
             stop.append(number)
             console.print("Stopping after this step or batch (press again to give up at once) ...")
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     except KeyboardInterrupt:
-        errors.print("Interrupted; what was saved before is intact.")
-        say_command("Continue with: ", again)
+        say_command("Interrupted; what was saved is intact. Continue with: ", again)
         raise typer.Exit(128 + (stop or [signal.SIGINT])[0]) from None
     finally:
         for number, handler in before.items():
@@ -2809,25 +2791,25 @@ def progress(label: str, total: int, stop: list = ()):
         yield tick
 
 
-def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str, stop) -> list[dict]:
+def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
     """Evaluate and append to run/eval.jsonl, or take the records from there when resuming."""
     path = run / "eval.jsonl"
     old = [row for _, row in read_rows(path)] if path.exists() else []
     done = [row for row in old if row.get("phase") == phase]
-    if problems and [row.get("question") for row in done] == [p.question for p in problems]:
+    if [row.get("question") for row in done] == [problem.question for problem in problems]:
         return done
     if phase == "start":
         load_adapter(policy.model, Path(settings.start_from), "start", settings.model)
         policy.model.set_adapter("start")
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
-    answers = len(problems) * (1 + settings.eval_samples)
-    with bare, progress("evaluating", answers, stop) as tick:
+    total = len(problems) * (1 + settings.eval_samples)
+    with bare, progress("evaluating", total, stop) as tick:
         found = evaluate(policy, problems, settings, settings.eval_samples, tick)
     if phase == "start":
         policy.model.set_adapter("default")
         policy.model.delete_adapter("start")
     records = [{"phase": phase, **record} for record in found]
-    if is_main():
+    if rank_and_world()[0] == 0:
         write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
     return records
 
@@ -2842,13 +2824,12 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) ->
     peak_memory(device, reset=True)
     start = time.perf_counter()
     rollouts = roll_out(policy, asked, settings, settings.seed)
-    rollout_s, rollout_peak = time.perf_counter() - start, peak_memory(device, reset=True)
+    middle, rollout_peak = time.perf_counter(), peak_memory(device, reset=True)
     for rollout in rollouts:
         rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
-    start = time.perf_counter()
     credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
     sums, _ = update(policy, credited, len(rollouts), new_optimizer(policy.model), settings)
-    update_s, memory = time.perf_counter() - start, memory_name(device)
+    seconds, memory = time.perf_counter() - middle, memory_name(device)
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     rows = [
         ("weights", gigabytes(weights)),
@@ -2856,12 +2837,9 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) ->
         (f"peak {memory}, update", gigabytes(peak_memory(device))),
         ("tokens generated", f"{sum(len(c) for r in rollouts for c in r.completions):,}"),
         ("tokens trained", f"{sums['tokens_trained']:,}"),
-        ("rollout / update, s", f"{rollout_s:.1f} / {update_s:.1f}"),
+        ("rollout / update, s", f"{middle - start:.1f} / {seconds:.1f}"),
     ]
     console.print(right_aligned([f"largest step, {method_name(settings.method)}", ""], rows))
-
-
-# -- eval, inspect, plot, merge --
 
 
 @app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
@@ -2875,50 +2853,37 @@ def eval_command(
     limit: Annotated[int | None, own("Only the first N test problems.", "all")] = None,
     shown: Annotated[int, own("Answers shown of each kind.")] = 3,
     output: Annotated[Path | None, own("Write every answer to this JSONL file.")] = None,
-    against: Annotated[Path | None, own("Run to compare with: exit code 1 if worse.")] = None,
     min_accuracy: Annotated[float, own("Exit code 1 if the last column is below.")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
     if output:
         check_writable(output)
-    adapters = list(dict.fromkeys(adapter or [against] * (against is not None)))
+    adapters = list(dict.fromkeys(adapter or []))
     if adapters:
-        ask_as_trained(settings, given, adapters[0], "eval")
+        ask_as_trained(settings, given, adapters[0], [*ASKED, "metric"])
     policy, task = find_policy(settings)
     problems = [Problem(question, "")] if question else task.test[:limit]
-    for number, folder in enumerate(adapters):
-        policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
     results = {}
     for number, folder in enumerate([None, *adapters]):
-        bare = (
-            policy.model.disable_adapter()
-            if adapters and folder is None
-            else contextlib.nullcontext()
-        )
         if folder:
-            policy.model.set_adapter(f"adapter{number - 1}")
-        label = "base" if folder is None else str(folder) + "/" * (str(folder) == "base")
-        with bare, progress(label, len(problems) * (1 + samples)) as tick:
+            label = str(folder) + "/" * (str(folder) == "base")
+            policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
+            policy.model.set_adapter(f"adapter{number}")
+        else:
+            label = "base"
+        with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
+        if question:
+            console.print(Text(label, "bold"), results[label][0]["completion"], sep="\n")
     if question:
-        for label, [record] in results.items():
-            console.print(Text(label, "bold"), record["completion"], sep="\n")
         return
     if output:
         rows = [{"policy": label, **r} for label, records in results.items() for r in records]
         with open(output, "w", encoding="utf-8") as file:  # through a link, into a device
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    last = list(results.values())[-1]
-    if adapters:
-        console.print(*changes(results, shown), sep="\n")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
-    if against:
-        then = [r for _, r in read_rows(against / "eval.jsonl") if r.get("phase") == "trained"]
-        table, worse = drift_table(then, last)
-        console.print(table)
-        if worse:
-            raise typer.Exit(1)
-    if (reached := accuracy(last)) < min_accuracy:
+    if (reached := accuracy(list(results.values())[-1])) < min_accuracy:
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
 
@@ -2939,32 +2904,33 @@ def inspect_command(
     adapter: Annotated[Path | None, own("A run's folder.")] = None,
     output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
 ):
-    """Sample one group and show which tokens a method trains, with what credit, and where the
-    completions branch."""
+    """Sample one group and show which tokens a method trains, with what credit."""
     if output and output.suffix not in (".html", ".svg"):
         raise UserError(f"--output {output} must end in .html or .svg.")
     if output:
         check_writable(output)
     if adapter:
-        ask_as_trained(settings, given, adapter, "inspect")
+        credit_numbers = ["method", "alpha", "p", "k", "group_size"]
+        ask_as_trained(settings, given, adapter, ASKED + credit_numbers)
+    methods = METHODS if settings.method == "all" else [settings.method]
+    functions = {name: credit_function(replace(settings, method=name)) for name in methods}
     policy, task = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
     problems = task.train or task.test
     if index is not None and not 0 <= index < len(problems):
         raise UserError(f"--index {index}: there are {len(problems)} problems, from 0.")
-    for chosen in range(min(20, len(problems))) if index is None else [index]:
-        [rollout] = roll_out(policy, [problems[chosen]], settings, settings.seed)
+    for problem in problems[:20] if index is None else [problems[index]]:
+        [rollout] = roll_out(policy, [problem], settings, settings.seed)
         if rollout.has_signal:
             break
-    methods = {}
-    for method in METHODS if settings.method == "all" else [settings.method]:
-        function = credit_function(replace(settings, method=method))
+    shown = {}
+    for name, function in functions.items():
         credited = credit([rollout], function, random.Random(settings.seed))
-        rule = method_rule(method, function, settings.alpha, settings.p, settings.k)
-        methods[method_name(method)] = rule, credited[0][2] if credited else {}
+        rule = method_rule(name, function, settings.alpha, settings.p, settings.k)
+        shown[method_name(name)] = rule, credited[0][2] if credited else {}
     finished = [policy.finished(completion) for completion in rollout.completions]
-    parts = list(show_group(policy.tokenizer.decode, rollout, finished, methods))
+    parts = list(show_group(policy.tokenizer.decode, rollout, finished, shown))
     console.print(*parts, sep="\n")
     if output:
         paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), **AS_IT_IS)
@@ -2980,21 +2946,20 @@ def plot(
     smooth: Annotated[int | None, own("Means over so many steps.", "a tenth")] = None,
     output: Annotated[Path | None, own("Also draw it into this .png or .svg file.")] = None,
 ):
-    """Draw the curves of one or more runs over each other, in the terminal and as a picture."""
-    check_choice("--what", what, CURVES)
-    if output:
-        check_writable(output)
+    """Draw the curves of one or more runs, in the terminal and as a picture."""
+    if what not in CURVES:
+        raise UserError(f"--what {what} is not one of {', '.join(CURVES)}.")
     found = {}
     for run in runs:
         files = [run / "metrics.jsonl", run / "eval.jsonl"]
         found[str(run)] = tuple([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
     curves, lacking = curves_of(found, what)
-    longest = max(curve[-1][0] for curve in curves.values())
-    width = smooth or max(1, longest // 10)
+    width = smooth or max(1, max(curve[-1][0] for curve in curves.values()) // 10)
     means = smoothed(curves, width)
     console.print(f"{CURVES[what][1]}, mean over {width} steps", *lacking, sep="\n")
     console.print(*draw_curves(means, width, min(console.width, 100) - 9, 16), sep="\n")
     if output:
+        check_writable(output)
         save_picture(curves, means, what, output)
         console.print(f"Written: {output}")
 
@@ -3009,38 +2974,36 @@ def merge(
     transformers. bfloat16 rounds away what is under a 500th of a weight."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder.")
-    check_choice("--dtype", dtype, DTYPES)
     trained = adapter_settings(run)
     name = trained["model"]
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
-    stored = stored_dtype(tokenizer.name_or_path)
-    kind = stored if dtype == "auto" else getattr(torch, dtype)
+    source = Path(tokenizer.name_or_path)
+    kind = pick_dtype(dtype, "merge", stored_dtype(source))
     model = load_adapter(model, run, "adapter", name).merge_and_unload(safe_merge=True).to(kind)
     # The base's own top_k or penalties would answer otherwise than what was trained and measured.
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=sorted(end_tokens(model, tokenizer)),
-        pad_token_id=model.generation_config.pad_token_id,
-    )
+    ends, pad = sorted(end_tokens(model, tokenizer)), model.generation_config.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     save_checkpoint(model, out)
     tokenizer.save_pretrained(out)
-    if (own_prompt := Path(tokenizer.name_or_path) / "prompt.txt").is_file():
-        shutil.copy(own_prompt, out)
+    if (source / "prompt.txt").is_file():
+        shutil.copy(source / "prompt.txt", out)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    console.print(f"Written: {out}, {gigabytes(size)} in {str(model.dtype).split('.')[1]}")
+    console.print(f"Written: {out}, {gigabytes(size)} in {str(kind).split('.')[1]}")
     if "task" in trained and not is_bundled(name):
         settings = Settings(**trained)
-        words = ["python tokenrl.py eval", settings.task, "--model", shlex.quote(out.as_posix())]
-        for key in ("prompt", "shots", "stop", "max_new_tokens", "reward"):
-            value = getattr(settings, key)
-            if value != getattr(Settings, key) and not is_code(str(value)):
-                words += [f"--{key.replace('_', '-')}", shlex.quote(str(value))]
-        say_command("Check it: ", " ".join(words) + code_options(settings))
+        words = ["python", "tokenrl.py", "eval", settings.task, "--model", out.as_posix()]
+        for key in ASKED[1:]:
+            if (value := getattr(settings, key)) != getattr(Settings, key) and not is_code(
+                str(value)
+            ):
+                words += [f"--{key.replace('_', '-')}", str(value)]
+        say_command("Check it: ", shlex.join(words) + repeated(settings, ["reward"]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     # Before torch is imported: threads that spin while they wait starve each other beside a busy
-    # core, and memory of a GPU in pieces that cannot grow is lost to fragments.
+    # core, and a GPU's memory in pieces that cannot grow is lost to fragments.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -3052,16 +3015,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except Exception as error:
-        if isinstance(error, UserError):
-            sentence = str(error)
+        if out_of_memory(error):
+            sentence = "Out of memory: lower --batch-rows, --max-pack-tokens or --max-new-tokens."
         elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             sentence = "The disk is full; what was saved is intact. Make room, then --resume."
-        elif out_of_memory(error):
-            sentence = (
-                "Out of memory. What helps most, in this order: a lower --batch-rows, "
-                "--max-pack-tokens, --max-new-tokens. Check with --dry-run."
-            )
-        elif isinstance(error, OSError):
+        elif isinstance(error, (UserError, OSError)):
             sentence = str(error)
         else:
             raise
