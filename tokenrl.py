@@ -221,27 +221,28 @@ def check_settings(settings: Settings) -> None:
             )
 
 
-# Many spellings become one, in this order: (what is found, what is written for it).
+# What Unicode, Markdown and LaTeX spell in many ways gets one spelling, in this order.
+_SAME = str.maketrans(
+    "‐‒–—―−⁄∕’‘“”×·⋅∙∗≈", "------//''\"\"*****=", "\u200b\u200c\u200d\u2060\ufeff"
+)
 _SPELLINGS = [
+    (r"(?<![\w*])[*_]++(?=\S)|(?<=[^\s*_])[*_]++(?![\w({-])|`", ""),  # **bold**, _italics_, `code`
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 1½ is 1 1/2
     (r"[⁺⁻]?[⁰¹²³⁴-⁹]+", r"^\g<0>"),  # 10³ is not 103
     (r"[₀-₉]+", r"_\g<0>"),
     # By character: on a whole text of combining marks, normalize() takes quadratic time.
-    (r"[A-Za-z][\u0300-\u036f]|[^\x00-\x7f]", lambda m: unicodedata.normalize("NFKC", m[0])),
-    (r"[‐‒–—―−]", "-"),
-    (r"[⁄∕]", "/"),
-    (r"[’‘]", "'"),
+    (r"[A-Za-z][\u0300-\u036f]|[^\x00-\x7f]", lambda m: normalize("NFKC", m[0]).translate(_SAME)),
     (r"\n[-*+] +", "\n"),  # the dash of a list is no minus
-    (r"(?<![^\W_])[*_]+(?=\S)|(?<=\S)[*_]+(?![^\W_]|[({-])|`", ""),  # **bold**, _italics_, `code`
-    (r"\\!\s*|\\(?:left|right|displaystyle)\b|\\[()\[\]]|[\u200b-\u200f\u2060\ufeff\xad]", ""),
     (r"\\\\(?![a-zA-Z])", ";"),  # the end of a row
-    (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)\b", " "),
+    (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-z])", ""),
+    (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)(?![a-z])", " "),
     (r"\\([$%#&_])", r"\1"),
     (r"\{,\}", ","),
     (r"\\(?:text|math|mbox|underline)[a-z]*\s*(?:\{([^{}]*)\})?", r"\1"),
-    (r"[×·⋅]|\\(?:times|cdot)(?![a-z])", "*"),
-    (r"≈|\\approx(?![a-z])", "="),
-    (r"\^ ?\{? ?\\circ ?\}?", "°"),
+    (r"([-_^])\{([^{}]*)\}(?!\d)", r"\1\2"),
+    (r"\\(?:times|cdot)(?![a-z])", "*"),
+    (r"\\approx(?![a-z])", "="),
+    (r"\^ ?\\circ", "°"),
     (r"\\pi(?![a-z])", "π"),
     (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # 2\frac{1}{2} is 2 1/2
     (r" +", " "),
@@ -249,29 +250,29 @@ _SPELLINGS = [
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
 _MARK = re.compile(r"#{4,}|\\f?box(?:ed)?\s*\{|<answer>|\banswer\s?(?:is\b:?|[:=])", re.IGNORECASE)
 _CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹]|EUR|USD|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs\.?)"
+_SCALES = dict(hundred=2, thousand=3, k=3, million=6, m=6, billion=9, b=9, trillion=12)
 _NUMBER = re.compile(
     rf"""
-    (?: (?P<odd> (?: \\[a-zA-Z]+ | [√±/] | [^\W\d_](?=\() | -(?=[-+(]) ) [\ (]* )  # \sqrt{{2}}, f(2)
+    (?: (?P<odd> (?: \\[a-zA-Z]+ | [√±/] | [^\W\d_](?=\() | -(?=[-+(]) ) [\ (]* )  # \sqrt 2, f(2)
       | (?<![\w.^]) (?<!\^-) )                           # not in a word, no exponent of a unit
     (?P<sign> (?<![\w)\].%]) (?<![\w)\].%]\ ) -\ ?       # - 5, but not in 10 - 5
             | (?<![\w)\].%]) (?<![\d)%]\ ) - )?          # is -5, but not in 10 -5
     (?: {_CURRENCY}\ ? (?P<sign2> - )? )?
-    (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )  # see _decimal()
+    (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )            # see _decimal
     (?: \ ?/\ ? (?P<under> \d+ (?:[.,]\d+)* ) )?
     (?: (?: [eE] | \ ?[*x]\ ?10\ ?\^\ ? ) (?P<tens> [-+]?\d+ ) | \ ?\^\ ? (?P<power> [-+]?\d+ ) )?
     (?: \ ?(?P<scale> (?i:hundred|thousand|million|billion|trillion)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
     """,
     re.VERBOSE,
 )
-_SCALES = dict(hundred=2, thousand=3, k=3, million=6, m=6, billion=9, b=9, trillion=12)
-_END = re.compile(  # what may follow a number; anything else means that the number goes on
+_END = re.compile(  # what may stand behind a number; anything else says that it goes on
     r"""
-    (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d )             # no 0.(3), 2x, 3π, 1h30
+    (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d | [eE][-+] ) # not 0.(3), 2x, 3π, 1h30
     (?! (?:\ ?[^\W\d_]+)? \ (?: [-+*/;&] | and|or|to|plus|minus|times|over|by
-        | x|h|hours?|min|minutes?|feet|ft|dollars?|euros? ) \ ?[-$€£]?\d )     # no 2 h 30, 5 or 6
-    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                      # a bracket, a currency, a percent
-    (?: \Z | [\n(] | [^\W\d_] | [-/]\ ?[^\W\d_]{2}                 # a unit: m, /hour, -year-old
-      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* \d ) )             # no 3:30, 1, 2 and 0.33...
+        | x|h|hours?|min|minutes?|feet|ft|dollars?|euros? ) \ ?[-$€£]?\d )   # not 5 or 6, 2 h 30
+    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                    # a bracket, a currency, percent
+    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{2}              # a unit: m, /hour, -year-old
+      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )       # not 3:30, 1, 2 or 0.33...
     """,
     re.VERBOSE,
 )
@@ -293,11 +294,9 @@ def _value(match: re.Match | None, decimal: str) -> Fraction | None:
     under, power = match["under"], match["power"]
     whole, _, digits = match["digits"].rpartition(" ") if under else ("", "", match["digits"])
     try:
-        exponent = int(power or match["tens"] or 0)
-        if abs(exponent) * len(digits) > 4300:  # Python's own limit
-            return None
         value = _decimal(digits, decimal) / (_decimal(under, decimal) if under else 1)
-        if (whole and not 0 < value < 1) or (power and under):
+        exponent = int(power or match["tens"] or 0)
+        if (whole and not 0 < value < 1) or (power and under) or abs(exponent) * len(digits) > 4300:
             return None
         value += _decimal(whole, decimal) if whole else 0  # a mixed number
         value = value**exponent if power else value * Fraction(10) ** exponent
@@ -307,25 +306,20 @@ def _value(match: re.Match | None, decimal: str) -> Fraction | None:
     return -value if match["sign"] or match["sign2"] else value
 
 
-def _plain_fraction(match: re.Match, decimal: str) -> str:
-    top, under = match[1] or match[2] or "", match[3] or match[4] or ""
-    try:
-        parts = [_value(_NUMBER.fullmatch(part.strip()), decimal) for part in (top, under)]
-        return f"{parts[0] / parts[1]} "
-    except (TypeError, ValueError, ZeroDivisionError):  # no numbers, or too long to write
-        return rf"\frac({top})/({under})"
-
-
 def _plain(text: str, decimal: str = "") -> str:
+    def quotient(match: re.Match) -> str:
+        top, under = match[1] or match[2] or "", match[3] or match[4] or ""
+        a, b = (_value(_NUMBER.fullmatch(part.strip()), decimal) for part in (top, under))
+        try:
+            return f"{a / b} "
+        except (TypeError, ValueError, ZeroDivisionError):  # no numbers, or too long to write
+            return rf"\frac({top})/({under})"
+
     for pattern, plain in _SPELLINGS:
         text = re.sub(pattern, plain, text)
     for _ in range(3):  # fractions in fractions, the inner ones first
-        text = _FRACTION.sub(partial(_plain_fraction, decimal=decimal), text)
+        text = _FRACTION.sub(quotient, text)
     return text
-
-
-def _without_braces(text: str) -> str:
-    return re.sub(r"[{}]", " ", re.sub(r"(?<=[-_^])\{", "", text))
 
 
 def _final_parts(text: str) -> list[str]:
@@ -337,19 +331,19 @@ def _final_parts(text: str) -> list[str]:
         depth = 1
         for brace in re.finditer(r"[{}]", part if mark[0].endswith("{") else ""):
             depth += 1 if brace[0] == "{" else -1
-            if not depth:
+            if depth == 0:
                 part = part[: brace.start()]
                 break
         if line := part.lstrip().split("\n")[0].split("</")[0].strip():
-            lines.append(_without_braces(line).strip())
+            lines.append(line)
             start = start or mark.end()
-    return [*lines, _without_braces(text[start:])]
+    return [re.sub(r"[{}]", " ", part).strip() for part in (*lines, text[start:])]
 
 
 def read_number(text: str, decimal: str = "") -> Fraction | None:
     """The number that the whole text is, but for currency, percent or a unit; None if it is not
     one. decimal: "," or "." is the decimal mark; "" reads 1,234 as a group and 3,5 as a decimal."""
-    match = _NUMBER.match(_without_braces(_plain(text, decimal)).strip())
+    match = _NUMBER.match(_plain(text, decimal).strip())
     unit = match and re.fullmatch(r"[.,-]* ?[^\s\d?!=:;]*(?:\^?[23])?", match.string[match.end() :])
     return _value(match, decimal) if unit else None
 
@@ -369,13 +363,14 @@ def extract_number(text: str, decimal: str = "") -> Fraction | None:
 def number_reward(text: str, answer: str, decimal: str = "") -> float:
     """1.0 if the final answer of `text` is the number `answer`, else 0.0."""
     found = extract_number(text, decimal)
-    return float(found is not None and found == read_number(str(answer), decimal))
+    wanted = read_number(str(answer), decimal) or read_number(str(answer))
+    return float(found is not None and found == wanted)
 
 
 def final_text(text: str) -> str:
     """What exact_reward compares: the line behind the last mark, or the content of its \\boxed{},
     else the last line; without Markdown, quotes and closing full stop."""
-    line = " ".join(_final_parts(_plain(text))[0].strip().split("\n")[-1].split())
+    line = " ".join(_final_parts(_plain(text))[0].split("\n")[-1].split())
     return line.strip(" '\"$*_").rstrip(" '\"$*_.") or line
 
 
@@ -1096,6 +1091,66 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def check_model(model, tokenizer) -> None:
+    """Refuse a model that cannot be sampled from and trained exactly here: one that ignores masks or
+    positions (recurrent ones, say), or changes its logits in a way of its own."""
+    base = base_of(model)
+    try:
+        logits, drawn, packed, noise = deviations(model, tokenizer)
+        limit = 1e-3 if base.dtype == torch.float32 else 1.5 * noise
+        fault = f"logits differ by {logits:.2g}, log-probs by {drawn:.2g} and {packed:.2g}"
+        if logits < 0.01 and drawn < limit and packed < limit:
+            return
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        fault = f"{type(error).__name__}: {first_line(error)}"
+    raise UserError(
+        f"This model's architecture ({base.config.model_type}) does not fit the packed update "
+        f"({fault}); use a plain decoder such as Qwen2, Llama or Gemma."
+    )
+
+
+def deviations(model, tokenizer) -> tuple[float, ...]:
+    """How far our logits are from the model's own (relative), and from the log-probs of a plain pass
+    (root mean squares) those of tokens as they were drawn, as packed, and of a plain pass with noise
+    behind each layer, as much as rounding adds there."""
+    base, rng = base_of(model), random.Random(0)
+    size = min(len(tokenizer), base.config.get_text_config().vocab_size)
+    ids = [rng.randrange(size) for _ in range(30)]
+    prompts = [ids[:17], ids[:3] + ids[17:]]
+    options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
+    groups, _, drawn = sample(model, tokenizer, prompts, 5, **options)
+    epsilon, generator = torch.finfo(base.dtype).eps / 4, torch.Generator().manual_seed(0)
+
+    def add_noise(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.mul_(1 + epsilon * torch.randn(hidden.shape, generator=generator).to(hidden))
+
+    found: list[list] = [[], [], [], []]  # log-probs: plain, as drawn, packed, with noise
+    for prompt, group, logprobs in zip(prompts, groups, drawn):
+        trie, longest = Trie(group), max(map(len, group))
+        padded = [prompt + completion + [0] * (longest - len(completion)) for completion in group]
+        inputs = torch.tensor(padded, device=base.device)
+        with torch.inference_mode():
+            plain = base(input_ids=inputs).logits.float()
+            own = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
+            packed = packed_logprobs(model, prompt, trie, range(len(trie.tokens)))
+            hooks = [layer.register_forward_hook(add_noise) for layer in base.get_decoder().layers]
+            noisy = base(input_ids=inputs).logits.float()
+            for hook in hooks:
+                hook.remove()
+        for i, completion in enumerate(group):
+            for part, logits in ((0, plain), (3, noisy)):
+                rows = logits[i, len(prompt) - 1 :][: len(completion)].log_softmax(-1)
+                found[part] += rows[range(len(completion)), completion].tolist()
+            found[1] += logprobs[i]
+            found[2] += packed[trie.paths[i]].tolist()
+    wanted, *others = torch.tensor(found)
+    gaps = [(other - wanted).pow(2).mean().sqrt().item() for other in others]
+    return ((own - plain).norm() / plain.norm()).item(), *gaps
+
+
 # ---- 4. Rollout: sampling groups of completions -------------------------------------------------
 
 SAMPLED_ROWS = 48  # of [vocabulary] logits at a time: with 152k tokens below malloc's 32 MiB
@@ -1288,8 +1343,7 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
 
 def blocked(places, dtype):
     """The additive attention mask of a boolean one: the dtype's minimum where it is True, else 0."""
-    mask = torch.zeros(places.shape, dtype=dtype, device=places.device)
-    return mask.masked_fill_(places, torch.finfo(dtype).min)
+    return places.view(torch.uint8).to(dtype).mul_(torch.finfo(dtype).min)  # bytes convert fast
 
 
 def rounded(length: int, multiple: int = 16) -> int:
@@ -1478,14 +1532,12 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
 
 # ---- 6. Update: pack, forward, loss, step -------------------------------------------------------
 
-# Rows of [vocabulary] logits at a time, here above malloc's 32 MiB: smaller pieces are scattered
-# over the heap between the activations, and keep it from shrinking.
-TRAINED_ROWS = 64
+TRAINED_ROWS = 64  # of [vocabulary] logits at a time; fewer would be scattered over malloc's heap
 MAX_GRAD_NORM = 1.0
 
 
 def ancestors(trie: Trie, nodes) -> set[int]:
-    """All nodes above `nodes`: what their packed pass computes besides the prompt."""
+    """All nodes above `nodes`: what their forward pass computes besides the prompt."""
     found: set[int] = set()
     for node in nodes:
         while (node := trie.parents[node]) >= 0 and node not in found:
@@ -1494,33 +1546,50 @@ def ancestors(trie: Trie, nodes) -> set[int]:
 
 
 def pack(prompt: list[int], trie: Trie, nodes: list[int]):
-    """One sequence of the prompt and all ancestors of `nodes`, each once: (ids [L], positions [L],
-    hidden places [L, L] of bool, slot {node: index in the sequence}). A row sees the prompt and the
-    node's own ancestors. L is rounded up by rows that see nothing but themselves."""
+    """The prompt and all ancestors of `nodes`, each once, as one sequence: (ids [L], positions [L],
+    unseen places [L, L] of bool, slot {node: index}). A row sees the prompt and its own ancestors.
+    L is rounded up by rows that see nothing but themselves."""
     order, start = sorted(ancestors(trie, nodes)), len(prompt)  # parents before their children
     length = rounded(start + len(order))
     pad = [0] * (length - start - len(order))
     slot = {-1: start - 1} | {node: start + i for i, node in enumerate(order)}
-    sees = numpy.tri(length, dtype=bool)
-    sees[start:] = numpy.eye(length, dtype=bool)[start:]
+    sees = [(2 << i) - 1 for i in range(start)]  # rows as sets of bits: bit j of row i, i sees j
     for node in order:
-        sees[slot[node]] |= sees[slot[trie.parents[node]]]
+        sees.append(sees[slot[trie.parents[node]]] | 1 << slot[node])
+    sees += [1 << i for i in range(length - len(pad), length)]
+    everything = (1 << length) - 1
+    raw = b"".join((everything ^ row).to_bytes(length // 8, "little") for row in sees)
+    bits = numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")
+    unseen = torch.from_numpy(bits).view(torch.bool).view(length, length)
     ids = prompt + [trie.tokens[node] for node in order] + pad
     positions = [*range(start), *(start + trie.depths[node] for node in order), *pad]
-    return torch.tensor(ids), torch.tensor(positions), torch.from_numpy(~sees), slot
+    return torch.tensor(ids), torch.tensor(positions), unseen, slot
 
 
-def packed_logprobs(
-    model, prompt_ids: list[int], trie: Trie, nodes: list[int], temperature: float = 1.0
-):
+def check_length(config, length: int) -> None:
+    """Packed and cached attention are exact only while everything lies inside a model's sliding
+    window; beyond its context no model is."""
+    text, limit, what = config.get_text_config(), math.inf, ""
+    if getattr(text, "max_position_embeddings", None):
+        limit, what = text.max_position_embeddings, "context"
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    if slides and (getattr(text, "sliding_window", None) or limit) < limit:
+        limit, what = text.sliding_window, "sliding window"
+    if length > limit:
+        raise UserError(
+            f"Prompt and completion need {length} tokens, but this model has a {what} of {limit}; "
+            "lower --max-new-tokens or shorten the prompt."
+        )
+
+
+def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature: float = 1.0):
     """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
 
     One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few
     rows at a time, so that [tokens, vocabulary] never exists. Equal to one forward pass per
-    completion up to rounding. Raises UserError where the model's context or sliding window is
-    shorter than the sequence, or where there is no prompt.
+    completion up to rounding. Raises UserError where the model is too short, or without a prompt.
     """
-    base = base_of(model)
+    base, nodes = base_of(model), list(nodes)
     if not prompt_ids:
         raise UserError("The prompt is empty: nothing predicts the first token of a completion.")
     ids, positions, unseen, slot = pack(prompt_ids, trie, nodes)
@@ -1560,22 +1629,8 @@ def token_logprobs(model, hidden, tokens, temperature: float):
         value = logps(part, wanted)
         slopes += torch.autograd.grad(value.sum(), part)
         values.append(value.detach())
-    # This adds 0, with that gradient.
-    return torch.cat(values) + ((hidden - hidden.detach()) * torch.cat(slopes)).float().sum(-1)
-
-
-def check_length(config, length: int) -> None:
-    """Packed and cached attention are exact only while everything lies inside a model's sliding
-    window; beyond its context no model is."""
-    text = config.get_text_config()
-    says = f"Prompt and completion need {length} tokens, but this model"
-    advice = "lower --max-new-tokens or shorten the prompt."
-    if length > (context := getattr(text, "max_position_embeddings", None) or length):
-        raise UserError(f"{says}'s context holds {context}; {advice}")
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
-    if window and "sliding_attention" in kinds and length > window:
-        raise UserError(f"{says} attends over a sliding window of {window}; {advice}")
+    zero = ((hidden - hidden.detach()) * torch.cat(slopes)).float().sum(-1)  # with that gradient
+    return torch.cat(values) + zero
 
 
 def step_trie(credited: list[tuple]) -> tuple[list[int], Trie, dict[int, float]]:
@@ -1600,15 +1655,13 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
     wanted, part, needed = set(nodes), [], set()
     for path in trie.paths:
         own = [node for node in path if node in wanted]
-        if not own:
-            continue
-        wanted.difference_update(own)
-        above = path[: trie.depths[own[-1]]]
+        above = path[: trie.depths[own[-1]]] if own else []
         if part and len(needed.union(above)) > budget:
             yield part
             part, needed = [], set()
-        part += own
+        wanted.difference_update(own)
         needed.update(above)
+        part += own
     if part:
         yield part
 
@@ -1621,8 +1674,7 @@ def step_packs(credited: list[tuple], budget: int) -> list[tuple]:
     for group in credited:
         alike[group[0].prompt[0]].append(group)
     packs = []
-    for groups in alike.values():
-        prompt, trie, weights = step_trie(groups)
+    for prompt, trie, weights in map(step_trie, alike.values()):
         for nodes in split_nodes(trie, list(weights), budget):
             packs.append((prompt, trie, {node: weights[node] for node in nodes}))
     return packs
@@ -1631,12 +1683,11 @@ def step_packs(credited: list[tuple], budget: int) -> list[tuple]:
 def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
     """(loss, log-probs) of one pack: the docstring's formula, plus beta times the summed KL to the
     model without its adapter (the k3 estimate of Schulman 2020)."""
-    nodes = list(weights)
-    logp = packed_logprobs(policy.model, prompt, trie, nodes, temperature)
+    logp = packed_logprobs(policy.model, prompt, trie, weights, temperature)
     loss = -(torch.tensor(list(weights.values()), device=logp.device) * logp).sum()
     if beta:
         with torch.no_grad(), policy.model.disable_adapter():
-            reference = packed_logprobs(policy.model, prompt, trie, nodes, temperature)
+            reference = packed_logprobs(policy.model, prompt, trie, weights, temperature)
         gap = reference - logp
         loss = loss + beta * (gap.exp() - gap - 1).sum()
     return loss, logp.detach()
@@ -1644,8 +1695,8 @@ def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], 
 
 def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     """One optimizer step on the mean loss over the `groups` of all processes, no further than
-    --target-kl allows. A non-finite step is not taken. Returns metrics of this process, to be
-    summed over all, and others, of which the largest counts."""
+    --target-kl allows; none where the gradient is not finite. Returns metrics of this process that
+    are summed over all, and others, of which the largest counts."""
     params = [p for p in policy.model.parameters() if p.requires_grad]
     packs = step_packs(credited, settings.max_pack_tokens)
     own = sum(len(weights) for *_, weights in packs)
@@ -1681,111 +1732,25 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
     if not settings.target_kl:
         return 0.0, False
     for _ in range(4):
-        own = (0.0, 0)
+        sums = (0.0, 0)
         for (prompt, trie, weights), old in zip(packs[:1], before):
             with torch.no_grad():
-                new = packed_logprobs(
-                    policy.model, prompt, trie, list(weights), settings.temperature
-                )
-            own = ((new - old).expm1() - (new - old)).sum().item(), len(weights)
-        sums, counts = zip(*gather([own]))
-        kl = sum(sums) / sum(counts)
+                new = packed_logprobs(policy.model, prompt, trie, weights, settings.temperature)
+            sums = ((new - old).expm1() - (new - old)).sum().item(), len(weights)
+        total, count = map(sum, zip(*gather([sums])))
+        kl = total / count
         if kl <= settings.target_kl:
             return kl, False
-        share = 0.9 * math.sqrt(settings.target_kl / kl) if math.isfinite(kl) else 0.0
-        for p, old in zip(params, start):
-            p.data.copy_(old.lerp(p.data, share) if share else old)
-        if not share:
+        if not math.isfinite(kl):
             break
+        for p, old in zip(params, start):
+            p.data.copy_(old.lerp(p.data, 0.9 * math.sqrt(settings.target_kl / kl)))
     for p, old in zip(params, start):
         p.data.copy_(old)
     return 0.0, True
 
 
-def check_model(model, tokenizer) -> None:
-    """Refuse a model that cannot be sampled from and trained exactly here: one that ignores masks or
-    positions (recurrent ones, say), or changes its logits in a way of its own. The log-probs of
-    tokens as they were drawn, and as packed, must equal those of plain forward passes, but for what
-    rounding does: in half precision that is measured, by adding as much noise after each layer."""
-    base = base_of(model)
-    try:
-        logits, sampled, packed, noise = deviations(model, tokenizer)
-        limit = 1e-3 if base.dtype == torch.float32 else 1.7 * noise
-        if logits < 0.01 and sampled < limit and packed < limit:
-            return
-        fault = f"logits differ by {logits:.2g}, log-probs by {sampled:.2g} and {packed:.2g}"
-    except Exception as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        fault = f"{type(error).__name__}: {first_line(error)}"
-    raise UserError(
-        f"This model's architecture ({base.config.model_type}) does not fit the packed update "
-        f"({fault}); use a plain decoder such as Qwen2, Llama or Gemma."
-    )
-
-
-def deviations(model, tokenizer) -> tuple[float, ...]:
-    """How far our logits are from the model's own (relative), and from the log-probs of plain passes
-    those of tokens as they were drawn, as packed, and with noise (root mean squares)."""
-    base, rng = base_of(model), random.Random(0)
-    ids = [
-        rng.randrange(min(len(tokenizer), base.config.get_text_config().vocab_size))
-        for _ in range(30)
-    ]
-    prompts = [ids[:17], ids[:3] + ids[17:]]
-    options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
-    groups, _, drawn = sample(model, tokenizer, prompts, 5, **options)
-    epsilon = torch.finfo(base.dtype).eps / 4  # the mean error of rounding to the nearest
-
-    def add_noise(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        noise = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden)
-        hidden.mul_(1 + epsilon * noise)
-
-    gaps: list[list] = [[], [], []]
-    for prompt, group, logps in zip(prompts, groups, drawn):
-        trie, longest, generator = (
-            Trie(group),
-            max(map(len, group)),
-            torch.Generator().manual_seed(0),
-        )
-        padded = [prompt + c[:-1] + [0] * (longest - len(c)) for c in group]
-        inputs = torch.tensor(padded, device=base.device)
-        with torch.inference_mode():
-            plain = base(input_ids=inputs).logits.float()
-            own = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
-            packed = packed_logprobs(model, prompt, trie, list(range(len(trie.tokens))))
-            hooks = [layer.register_forward_hook(add_noise) for layer in base.get_decoder().layers]
-            noisy = base(input_ids=inputs).logits.float()
-            for hook in hooks:
-                hook.remove()
-        for i, completion in enumerate(group):
-            at = range(len(prompt) - 1, len(prompt) - 1 + len(completion))
-            wanted, other = (
-                x[i, at].log_softmax(-1)[range(len(at)), completion].cpu() for x in (plain, noisy)
-            )
-            for part, found in zip(
-                gaps, (torch.tensor(logps[i]), packed[trie.paths[i]].cpu(), other)
-            ):
-                part.append(found - wanted)
-    relative = ((own - plain).norm() / plain.norm()).item()
-    return relative, *(torch.cat(part).pow(2).mean().sqrt().item() for part in gaps)
-
-
-# ---- 7. Train and evaluate ----------------------------------------------------------------------
-
-DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
-
-
-def rank_and_world() -> tuple[int, int]:
-    """(number of this process, number of processes)"""
-    state = accelerate.PartialState()
-    return state.process_index, state.num_processes
-
-
-def gather(values: list) -> list:
-    """The values of all processes in one list, in order."""
-    return accelerate.utils.gather_object(values)
+# ---- 7. The training loop -----------------------------------------------------------------------
 
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -1804,11 +1769,6 @@ def learning_rate(step: int, settings) -> float:
     warm = max(1, settings.steps // 10)
     decay = 1 - 0.9 * max(0, step + 1 - warm) / max(1, settings.steps - warm)
     return settings.lr * min((step + 1) / warm, decay)
-
-
-def new_optimizer(model):
-    params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=0.0, weight_decay=0.0)
 
 
 def due(step: int, every: int, settings) -> bool:
@@ -1863,70 +1823,84 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         check_alive(state, row, run)
 
 
+# ---- 8. Around the loop: processes, metrics, saving and resuming, evaluation ---------------------
+
+DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes)"""
+    state = accelerate.PartialState()
+    return state.process_index, state.num_processes
+
+
+def gather(values: list) -> list:
+    """The values of all processes in one list, in order."""
+    return accelerate.utils.gather_object(values)
+
+
+def new_optimizer(model):
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=0.0, weight_decay=0.0)
+
+
 def judge(state: dict, row: dict, score_rewards: bool) -> bool:
     """Enter a step into the state; returns whether its adapter is the one to keep: the best on
     validation; without validation the latest, unless the rewards since the last save have fallen
     under half of the best (a policy that has collapsed must not replace a good one)."""
-    state["failures"] = state["failures"] + 1 if row["skipped"] else state["failures"]
-    state["failures"] = 0 if row["tokens_trained"] and not row["skipped"] else state["failures"]
+    if row["skipped"]:
+        state["failures"] += 1
+    elif row["tokens_trained"]:
+        state["failures"] = 0
     barren = row["truncated"] > 0.9 or row["reward"] == 0 < state["best"]
     state["dead"] = state["dead"] + 1 if barren and row["signal"] == 0 else 0
     state["rewards"].append(row["reward"])
-    if "validation" in row:
-        score, keep = row["validation"], row["validation"] >= state["best"]
+    score, least = row.get("validation"), state["best"]
+    if score is not None:
         state["stale"] = 0 if score > state["best"] else state["stale"] + 1
     elif score_rewards:
-        score = sum(state["rewards"]) / len(state["rewards"])
-        keep = score >= state["best"] / 2
+        score, least = fmean(state["rewards"]), state["best"] / 2
         state["rewards"] = []
-    else:
+    if score is None or score < least:
         return False
-    if keep:
-        state["best"], state["best_step"] = max(score, state["best"]), row["step"]
-    return keep
+    state["best"], state["best_step"] = max(score, state["best"]), row["step"]
+    return True
 
 
 def check_alive(state: dict, row: dict, run: Path) -> None:
-    """End a run that cannot go on to any purpose."""
-    kept = (
-        f"The adapter in {run} is that of step {state['best_step']}. Start again with a lower --lr"
-    )
+    """End a run that goes on to no purpose."""
+    fault = ""
     if state["failures"] == 3:
-        raise UserError(
-            f"Three steps had a loss that is not finite, or no share that --target-kl "
-            f"allows. {kept}, or with --dtype float32."
-        )
+        fault = "Three steps had a loss that is not finite, or no share within --target-kl"
     if state["dead"] == DEAD_STEPS:
+        fault = f"{DEAD_STEPS} steps in a row had no signal, with {row['truncated']:.0%} cut off"
+    if fault:
         raise UserError(
-            f"In {DEAD_STEPS} steps in a row no group had any signal, and {row['truncated']:.0%} "
-            f"of the completions were cut off: nothing is left to learn from. {kept}, "
-            "or a higher --max-new-tokens."
+            f"{fault}: the policy is lost. The adapter in {run} is that of step "
+            f"{state['best_step']}; start again with a lower --lr or a higher --max-new-tokens."
         )
 
 
 def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
-    """A row of metrics over all processes: means over completions or groups (those of replays only
-    where it is said), sums, and the largest of `peaks`."""
+    """A row of metrics over all processes: means (of replays only where it says so), sums, and the
+    largest of `peaks`."""
     every = rollouts + replays
-    completions = [c for rollout in rollouts for c in rollout.completions]
-    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    lists = {
+    completions = [completion for r in rollouts for completion in r.completions]
+    rewards = [reward for r in rollouts for reward in r.rewards]
+    means = {
         "reward": rewards,
-        "accuracy": [is_right(reward) for reward in rewards],
+        "accuracy": list(map(is_right, rewards)),
         "signal": [r.has_signal for r in every],  # replays too: they train alike
         "distinct": [len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts],
-        "entropy": [x for r in rollouts for row in r.entropies for x in row],
-        "length": [len(c) for c in completions],
-        "truncated": [not policy.finished(c) for c in completions],
+        "entropy": [entropy for r in rollouts for row in r.entropies for entropy in row],
+        "length": list(map(len, completions)),
+        "truncated": [not policy.finished(completion) for completion in completions],
     }
-    sums = sums | {"tokens_generated": sum(len(c) for r in every for c in r.completions)}
-    processes = gather([(lists, sums, peaks)])
-    row = {}
-    for key in lists:
-        values = [value for own, _, _ in processes for value in own[key]]
-        row[key] = sum(values) / max(1, len(values))
-    row |= {key: sum(own[key] for _, own, _ in processes) for key in sums}
-    return row | {key: max(own[key] for _, _, own in processes) for key in peaks}
+    sums["tokens_generated"] = sum(len(c) for r in every for c in r.completions)
+    all_means, all_sums, all_peaks = zip(*gather([(means, sums, peaks)]))
+    row = {key: fmean(x for own in all_means for x in own[key]) for key in means}
+    row |= {key: sum(own[key] for own in all_sums) for key in sums}
+    return row | {key: max(own[key] for own in all_peaks) for key in peaks}
 
 
 def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
@@ -1961,36 +1935,33 @@ def load_state(run: Path, model, optimizer) -> dict:
         "dead": 0,
         "rewards": [],
     }
-    path = run / "state.pt"
-    if path.exists():
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        try:
+    path, log = run / "state.pt", run / "metrics.jsonl"
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        if path.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            state = {key: saved[key] for key in state}
             if saved["weights"].keys() != params.keys():
                 raise ValueError("its weights are those of another adapter")
             for name, p in params.items():
                 p.data.copy_(saved["weights"][name])
             optimizer.load_state_dict(saved["optimizer"])
-            state = {key: saved[key] for key in state}
-        except Exception as error:  # torn files end in errors of many kinds
-            raise UserError(
-                f"{path} cannot be resumed from ({first_line(error)}); start anew, or from "
-                f"its adapter with --adapter {run}."
-            ) from None
-    if rank_and_world()[0] == 0 and (run / "metrics.jsonl").exists():
-        lines = read_text(run / "metrics.jsonl").splitlines(keepends=True)
-        write_atomically(run / "metrics.jsonl", "".join(lines[: state["step"]]))  # line n is step n
-        if len(read_rows(run / "metrics.jsonl")) < state["step"]:
-            raise UserError(
-                f"{run / 'metrics.jsonl'} lacks steps that state.pt has taken; start anew."
-            )
+        if log.exists() and rank_and_world()[0] == 0:
+            lines = read_text(log).splitlines(keepends=True)[: state["step"]]  # line n is step n
+            if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
+                raise ValueError(f"{log} lacks steps")
+            write_atomically(log, "".join(lines))
+    except Exception as error:  # torn files end in errors of many kinds
+        raise UserError(
+            f"{run} cannot be resumed ({first_line(error)}); --adapter {run} starts anew from it."
+        ) from None
     return state
 
 
-def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lambda n: None):
+def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lambda count: None):
     """One record per problem: the greedy completion and whether it is right, and with `samples` > 0
     how many of that many samples at settings.temperature are right. Several processes share the
-    problems. `tick` is told after each batch how many answers there are now more."""
+    problems. `tick` is called after each batch, with the number of its answers."""
     rank, world = rank_and_world()
     prompts = [policy.prompt_ids(problem.question) for problem in problems]
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))[rank::world]
@@ -1999,32 +1970,21 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
     for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
         width = max(1, settings.batch_rows // count)
         for start in range(0, len(order), width):
-            chunk = order[start : start + width]
-            groups, stats, _ = sample(
-                policy.model,
-                policy.tokenizer,
-                [prompts[i] for i in chunk],
-                count,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=temperature,
-                stop=policy.stop,
-                rows=settings.batch_rows,
-                seed=settings.seed + start * world + rank,
-                with_stats=True,
-            )
+            chunk, seed = order[start : start + width], settings.seed + start * world + rank
+            asked = [prompts[i] for i in chunk]
+            groups, stats, _ = ask(policy, asked, count, settings, temperature, seed)
             for i, group, rows in zip(chunk, groups, stats):
                 answers[i] += group
                 entropies.setdefault(i, rows[0])
             tick(len(chunk) * count * world)
     records = []
     for i, (greedy, *sampled) in answers.items():
-        text, problem = policy.text(greedy), problems[i]
-        record = {"index": i, **asdict(problem), "completion": text}
-        record["correct"] = is_right(policy.reward(problem, greedy))
-        record["length"], record["truncated"] = len(greedy), not policy.finished(greedy)
-        record["entropy"] = sum(entropies[i]) / len(entropies[i])
-        right = [is_right(policy.reward(problem, completion)) for completion in sampled]
-        record["samples"], record["samples_correct"] = len(right), sum(right)
+        problem, text = problems[i], policy.text(greedy)
+        right = [is_right(policy.reward(problem, c)) for c in (greedy, *sampled)]
+        record = {"index": i, **asdict(problem), "completion": text, "correct": right[0]}
+        record |= {"length": len(greedy), "truncated": not policy.finished(greedy)}
+        record |= {"entropy": fmean(entropies[i]), "samples": samples}
+        record["samples_correct"] = sum(right[1:])
         if policy.metric:
             record["metric"] = policy.metric(text, problem.answer)
         records.append(record)
@@ -2033,11 +1993,10 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
 
 def validate(policy, held_out, settings) -> float:
     """The share of `held_out` that the greedy answer solves."""
-    records = evaluate(policy, held_out, settings)
-    return sum(record["correct"] for record in records) / len(records)
+    return fmean(record["correct"] for record in evaluate(policy, held_out, settings))
 
 
-# ---- 7. Views: what is known, as tables and text (the consoles take no text for markup) ----------
+# ---- 9. Views: what is known, as tables and text (the consoles take no text for markup) ----------
 
 
 def say_command(prefix: str, command: str) -> None:
@@ -2429,7 +2388,7 @@ def save_picture(curves: dict, means: dict, what: str, path: Path) -> None:
     figure.savefig(path)
 
 
-# ---- 9. Command line ----------------------------------------------------------------------------
+# ---- 10. Command line ---------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 METHODS = ("s-grpo", "t-spmo", "grpo")
@@ -2512,7 +2471,13 @@ def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
     if not bundled:
         console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu" if small else settings.device, settings.dtype)
-    check_model(model, tokenizer)
+    try:
+        check_model(model, tokenizer)
+    except UserError:
+        if model.dtype != torch.float16:
+            raise
+        console.print("float16 is not enough for this model: it is computed in float32.")
+        check_model(model.float(), tokenizer)
     form = choose_prompt(settings.prompt, model, tokenizer)
     if settings.shots and form not in ("chat", "plain"):
         raise UserError("--shots needs a chat or plain prompt: a template holds its own examples.")
@@ -2680,6 +2645,9 @@ def train_command(
             f"LoRA, {str(base.dtype).split('.')[1]} on {base.device}\nrun {run}"
         )
         train_and_compare(policy, train_set, held_out, test_set, settings, run)
+    if rank_and_world()[1] > 1:
+        accelerate.PartialState().wait_for_everyone()
+        accelerate.PartialState().destroy_process_group()
 
 
 def trainable_model(policy: Policy, settings: Settings, given: set[str]):
