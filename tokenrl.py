@@ -46,7 +46,6 @@ import inspect
 import io
 import json
 import math
-import numbers
 import os
 import random
 import re
@@ -55,9 +54,7 @@ import shlex
 import shutil
 import signal
 import sys
-import textwrap
 import time
-import unicodedata
 import urllib.request
 import warnings
 from collections import Counter, defaultdict
@@ -66,15 +63,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from fnmatch import fnmatch
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal, get_args
+from unicodedata import normalize
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
@@ -1457,14 +1454,17 @@ def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
 
 
 def grpo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
-    """GRPO (arXiv 2402.03300), every token: {node: sum over completions i through it of
-    A_i / (G * len_i)}."""
+    """Every token, by its completion's reward against the mean of the group.
+
+    GRPO (arXiv 2402.03300): {node: sum over completions i through it of A_i / (G * len_i)}."""
     return _spread(rewards, trie.paths)
 
 
 def s_grpo_weights(trie: Trie, rewards, alpha: int, p: float, rng, k: int | None = None):
-    """S-GRPO (arXiv 2504.20834): as GRPO over a random subset of each completion's positions: every
-    t < alpha, then each with probability p until there are k; len_i is the size of the subset."""
+    """GRPO on the first tokens and others drawn at random; shared beginnings count once.
+
+    S-GRPO (arXiv 2504.20834): of each completion every position t < alpha, then each with
+    probability p until there are k; len_i is their number."""
     chosen = []
     for path in trie.paths:
         kept = [node for t, node in enumerate(path) if t < alpha or rng.random() < p]
@@ -1482,9 +1482,11 @@ def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
 
 
 def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
-    """T-SPMO (arXiv 2504.20834), branch points only: {node: A(v|p) / number of nodes with credit},
-    A(v|p) = mean reward of the completions through prefix p and token v, minus that of all through
-    p. Its term is one of pi, so where the trie knows pi the weight is times pi (see the head)."""
+    """Where completions part: mean reward with a token, minus that of all that got there.
+
+    T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, A(v|p) = mean reward of
+    the completions through prefix p and token v, minus that of all through p. Its term is one of
+    pi, so where the trie knows pi the weight is times pi (see the head)."""
     mean = {n: sum(passing) / len(passing) for n, passing in rewards_through(trie, rewards).items()}
     credit = {node: mean[node] - mean[parent] for node, parent in enumerate(trie.parents)}
     credit = {node: value for node, value in credit.items() if abs(value) > 1e-9}
@@ -1996,394 +1998,222 @@ def validate(policy, held_out, settings) -> float:
     return fmean(record["correct"] for record in evaluate(policy, held_out, settings))
 
 
-# ---- 9. Views: what is known, as tables and text (the consoles take no text for markup) ----------
-
-
-def say_command(prefix: str, command: str) -> None:
-    """Print a command so that it can be pasted: no line break gets into it."""
-    console.print(prefix + command, soft_wrap=True)
-
-
-def memory_name(device) -> str:
-    return "VRAM" if str(device).startswith("cuda") else "memory"
+# ---- 9. Views: what is known, as tables and text -------------------------------------------------
 
 
 def gigabytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size else "-"
 
 
-def right_aligned(headers: list[str], rows: list[tuple[str, ...]], title: str = "") -> Table:
-    """A table whose columns are aligned right, but for the first."""
-    numbers = [Column(header, justify="right") for header in headers[1:]]
-    table = Table(headers[0], *numbers, title=title or None, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+LIVE = {  # columns of the live table, and how their values are written
+    "reward": "{:.3f}",
+    "signal": "{:.0%}",
+    "entropy": "{:.3f}",
+    "kl": "{:.4f}",
+    "length": "{:.0f}",
+    "trained": "{:.1%}",
+    "seconds": "{:.2f}",
+    "memory": "{:.2f}G",
+    "validation": "{:.1%}",
+}
+
+
+def memory_name(device) -> str:
+    return "VRAM" if torch.device(device).type == "cuda" else "memory"
+
+
+@contextlib.contextmanager
+def live_table(steps: int, memory: str):
+    """Yields show(row of metrics, note), which prints a line; a note is followed by the titles."""
+    widths = {name: max(len(name), 6) for name in LIVE}
+    heads = [(memory if name == "memory" else name).rjust(widths[name]) for name in LIVE]
+    titles = Text(" ".join(["step", *heads]), "bold")
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=steps)
+
+        def show(row: dict, note: str = "") -> None:
+            values = row | {"seconds": row["rollout_s"] + row["update_s"]}
+            values["trained"] = row["tokens_trained"] / row["tokens_generated"]
+            values["memory"] = row["peak_memory"] / 2**30
+            line = f"{'!' * row['skipped']}{row['step']}".rjust(4)
+            for name, form in LIVE.items():
+                line += " " + (form.format(values[name]) if name in values else "").rjust(
+                    widths[name]
+                )
+            console.print(Text(line, "red" if row["skipped"] else ""), soft_wrap=True)
+            bar.update(task, completed=row["step"])
+            if note:
+                console.print(note, titles, sep="\n\n", soft_wrap=True)
+
+        console.print(titles, soft_wrap=True)
+        yield show
+
+
+def completion_note(problem: Problem, text: str, reward: float) -> str:
+    """A sample with its question, reference and reward; long texts are cut."""
+    start = "\n".join(text.splitlines()[:10])[:600]
+    more = "…" * (len(start) < len(text.rstrip()))
+    return (
+        f"\nquestion    {problem.question[:600]}\ncompletion  {start}{more}\n"
+        f"reference   {problem.answer}\nreward      {reward:g}"
+    )
+
+
+def training_summary(rows: list[dict], memory: str) -> str:
+    total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "validation"}
+    generated, trained = total["tokens_generated"], total["tokens_trained"]
+    rollout, seconds = total["rollout_s"] / len(rows), total["update_s"] / len(rows)
+    minutes, peak = (rollout + seconds) * len(rows) / 60, max(row["peak_memory"] for row in rows)
+    return (
+        f"{len(rows)} steps in {minutes:.1f} min (a step: rollout {rollout:.2f} s, update {seconds:.2f} s)"
+        f"\n{generated:,} tokens generated, {trained:,} trained ({trained / generated:.1%}), "
+        f"peak {memory} {gigabytes(peak)}"
+    )
 
 
 def accuracy(records: list[dict]) -> float:
     return fmean(record["correct"] for record in records)
 
 
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int, total: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
-    share, scale = right / total, 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    share, extra = right / total, 1.96**2 / total
+    middle, half = share + extra / 2, math.sqrt(extra * (share * (1 - share) + extra / 4))
+    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
 
 
 def mcnemar(before: list, after: list) -> float:
     """Exact two-sided p that as many rise as fall (McNemar 1947; for numbers the sign test)."""
-    rising = sum(b < a for b, a in zip(before, after))
-    changed = rising + sum(b > a for b, a in zip(before, after))
-    tail = sum(math.comb(changed, k) for k in range(min(rising, changed - rising) + 1))
-    return min(1.0, 2 * tail / 2**changed)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Adjusted p-values: the chance of any false one up to 0.05 is at most 0.05 (Holm 1979)."""
-    adjusted, reached, left = p_values[:], 0.0, len(p_values)
-    for i in sorted(range(left), key=p_values.__getitem__):
-        adjusted[i] = reached = max(reached, min(1.0, left * p_values[i]))
-        left -= 1
-    return adjusted
+    up, down = sum(b < a for b, a in zip(before, after)), sum(b > a for b, a in zip(before, after))
+    tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
+    return min(1.0, 2 * tail / 2 ** (up + down))
 
 
 def pass_at_k(total: int, right: int, k: int) -> float:
-    """Chance that one of k samples is right, given `total` (Chen et al. 2021, arXiv 2107.03374)."""
-    return 1.0 - math.comb(total - right, k) / math.comb(total, k)
+    """Unbiased chance that one of k samples is right, from `total` (Chen et al. 2021, 2107.03374)."""
+    return 1 - math.comb(total - right, k) / math.comb(total, k)
 
 
-CURVES = {  # of a step: how the live table writes it ("": not at all), and what it is
-    "reward": ("{:6.3f}", "mean reward of the completions"),
-    "accuracy": ("", "share of the completions that are right"),
-    "validation": ("{:10.1%}", "share of the validation problems that are right"),
-    "signal": ("{:6.0%}", "share of the groups whose rewards differ"),
-    "distinct": ("", "share of a group's completions that are distinct"),
-    "entropy": ("{:7.3f}", "entropy, nats a token"),
-    "kl": ("{:6.1g}", "KL between the policies before and after, nats a token"),
-    "length": ("{:6.0f}", "length of a completion, tokens"),
-    "trained": ("{:7.1%}", "share of the generated tokens that is trained"),
-    "rollout_s": ("{:6.2f}", "time for the rollout, s"),
-    "update_s": ("{:5.2f}", "time for the update, s"),
-    "memory": ("{:5.2f}G", "peak memory, GiB"),
-}
-
-
-def curve_values(row: dict) -> dict:
-    """A row of metrics.jsonl with all that CURVES names, as far as the run has it."""
-    trained = row["tokens_trained"] / row["tokens_generated"]
-    return row | {"trained": trained, "memory": row["peak_memory"] / 2**30}
-
-
-@contextlib.contextmanager
-def live_table(steps: int, memory: str, validating: bool = False):
-    """Yields show(row of metrics, note=None), which prints a line; on a terminal the last note, the
-    titles and a progress bar stay below. Of the columns, those that fit are shown."""
-    titles = {"rollout_s": "roll s", "update_s": "upd s", "memory": memory}
-    room = min(79, console.width) if console.is_terminal else 79
-    header, columns = "step", []
-    for name, (form, _) in CURVES.items():
-        title = " " + titles.get(name, name).rjust(len(form.format(0)))
-        wanted = form and (validating or name != "validation")
-        if wanted and len(header + title) <= room:
-            header, columns = header + title, [*columns, name]
-    progress, head, below = Progress(console=console), Text(header, "bold"), Group()
-    task = progress.add_task("training", total=steps)
-    live = Live(progress, console=console) if console.is_terminal else None
-
-    def show(row: dict, note=None) -> None:
-        nonlocal below
-        below = note or below
-        values = curve_values(row)
-        line = ("!" * row["skipped"] + str(row["step"])).rjust(4)
-        for name in columns:
-            form, value = CURVES[name][0], values.get(name)
-            line += " " + ("" if value is None else form.format(value)).rjust(len(form.format(0)))
-        progress.update(task, completed=row["step"])
-        console.print(Text(line, "red" if row["skipped"] else ""), soft_wrap=not live)
-        if live:
-            live.update(Group(head, below, progress), refresh=True)
-        elif note:
-            console.print(note)
-
-    console.print(head, soft_wrap=True)
-    with live or contextlib.nullcontext():
-        yield show
-
-
-def completion_note(problem: Problem, text: str, reward: float, step: int) -> Table:
-    """One sampled completion with its question, reference and reward; long texts are cut."""
-    note = Table.grid(padding=(0, 2, 0, 0))
-    texts = {"question": problem.question, "completion": text, "reference": problem.answer}
-    for name, value in texts.items():
-        lines = [x for line in value.splitlines() for x in textwrap.wrap(line, 64) or [""]]
-        note.add_row(name, "\n".join(lines[:10] + ["\u2026"] * (len(lines) > 10)))
-    note.add_row("reward", f"{reward:g} (a sample of step {step})")
-    return note
-
-
-def training_summary(rows: list[dict], memory: str) -> str:
-    rollout_s, update_s = (fmean(row[key] for row in rows) for key in ("rollout_s", "update_s"))
-    generated = sum(row["tokens_generated"] for row in rows)
-    trained = sum(row["tokens_trained"] for row in rows)
-    peak = gigabytes(max(row["peak_memory"] for row in rows))
-    return (
-        f"{len(rows)} steps, training time {len(rows) * (rollout_s + update_s) / 60:.1f} min "
-        f"(a step: rollout {rollout_s:.2f} s, update {update_s:.2f} s), {generated:,} tokens "
-        f"generated and {trained:,} trained ({trained / generated:.1%}), peak {memory} {peak}"
-    )
-
-
-MEASURES = {  # of an evaluation: key of a record, how a mean is written, which direction is worse
-    "accuracy (greedy)": ("correct", ".1%", -1),
-    "truncated": ("truncated", ".1%", 1),
-    "length, tokens": ("length", ".1f", 0),  # neither is good or bad as long as the two above stay
-    "entropy, nats": ("entropy", ".3f", 0),
-    "mean of --metric": ("metric", ".3f", 0),
-}
-
-
-def by_type(records: list[dict]) -> dict[str, list[dict]]:
-    """The records of each type, where there are several and few enough for a table."""
-    kinds = sorted({record["type"] for record in records})
-    few = kinds if 1 < len(kinds) <= 20 else []
-    return {kind or "no type": [r for r in records if r["type"] == kind] for kind in few}
-
-
-def policy_column(records: list[dict], first: list[dict]) -> dict[str, str]:
-    """{label: cell} for one policy; differences and p are to the records of the first policy."""
-    right, total = sum(record["correct"] for record in records), len(records)
-    low, high = wilson(right, total)
-    column = {"accuracy (greedy)": f"{right / total:.1%}  ({right}/{total})"}
-    column["95 % interval"] = f"{low:.1%} to {high:.1%}"
-    if records is not first:
-        before, after = ([record["correct"] for record in each] for each in (first, records))
-        column["difference, paired"] = f"{100 * (fmean(after) - fmean(before)):+.1f} points"
-        column["p (exact McNemar)"] = f"{mcnemar(before, after):.2g}"
-    if count := records[0]["samples"]:
-        sampled = [record["samples_correct"] for record in records]
-        column["accuracy (sampled)"] = f"{fmean(sampled) / count:.1%}"
-        for k in sorted({2**i for i in range(1, 8) if 2**i < count} | {count}):
-            column[f"pass@{k}"] = f"{fmean(pass_at_k(count, c, k) for c in sampled):.1%}"
-    for label, (key, form, _) in MEASURES.items():
-        values = [record.get(key) for record in records]
-        if label not in column and None not in values:
-            column[label] = f"{fmean(values):{form}}"
-    start = by_type(first)
-    for kind, own in by_type(records).items():
-        gain = f"  {100 * (accuracy(own) - accuracy(start[kind])):+.1f}" * (records is not first)
-        column[f"{kind} ({len(own)})"] = f"{accuracy(own):.1%}{gain}"
-    return column
+MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
 
 
 def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
-    """One column per policy, compared with the first. Names that do not fit stand below."""
-    base, *names = results
-    columns = [policy_column(records, results[base]) for records in results.values()]
-    labels = dict.fromkeys(label for column in reversed(columns) for label in column)
-    rows = [(label, *(column.get(label, "") for column in columns)) for label in labels]
-    table = right_aligned(["", *results], rows, title)
-    if console.measure(table, options=console.options.update(width=9999)).maximum <= console.width:
-        return table
-    numbers = [f"({number})" for number, _ in enumerate(names, 1)]
-    table = right_aligned(["", base, *numbers], rows, title)
-    table.caption = "\n".join(f"{number} {name}" for number, name in zip(numbers, names))
-    table.caption_justify = "left"
+    """A column per policy, compared with the first; long names stand in the title."""
+    names, columns, first = [*results], [], next(iter(results.values()))
+    before, kinds = [r["correct"] for r in first], sorted({r["type"] for r in first})
+    for records in results.values():
+        right = [r["correct"] for r in records]
+        low, high = wilson(sum(right), len(right))
+        column = {"accuracy (greedy)": f"{fmean(right):.1%}  ({sum(right)}/{len(right)})"}
+        column["95 % interval"] = f"{low:.1%} to {high:.1%}"
+        if columns:
+            column["difference, paired"] = f"{100 * (fmean(right) - fmean(before)):+.1f} points"
+            column["p (exact McNemar)"] = f"{mcnemar(before, right):.2g}"
+        if count := records[0]["samples"]:
+            sampled = [r["samples_correct"] for r in records]
+            column["accuracy (sampled)"] = f"{fmean(sampled) / count:.1%}"
+            for k in sorted({2**i for i in range(1, 8) if 2**i < count} | {count}):
+                column[f"pass@{k}"] = f"{fmean(pass_at_k(count, c, k) for c in sampled):.1%}"
+        for key, form in MEANS.items():
+            if key in records[0]:
+                column[key] = f"{fmean(r[key] for r in records):{form}}"
+        for kind in kinds if 1 < len(kinds) <= 20 else []:
+            own = [r["correct"] for r in records if r["type"] == kind]
+            column[f"{kind or 'no type'} ({len(own)})"] = f"{fmean(own):.1%}"
+        columns.append(column)
+    if len(names) > 2:
+        title += "".join(f"\n({i}) {name}" for i, name in enumerate(names) if i)
+        names[1:] = [f"({i})" for i in range(1, len(names))]
+    heads = [Column(name, justify="right") for name in names]
+    table = Table("", *heads, title=title, title_justify="left")
+    for label in columns[-1]:
+        table.add_row(label, *(column.get(label, "") for column in columns))
     return table
 
 
-def changes(results: dict[str, list[dict]], most: int) -> Iterator[Table | str]:
-    """Answers in full beside those of the first policy: what each other one mended, what it broke
-    and what stayed wrong, at most `most` of each."""
+def changes(results: dict[str, list[dict]], most: int) -> Iterator:
+    """Answers beside those of the first policy: mended, broken and still wrong."""
     (base, before), *others = results.items()
     kinds = {"mended": (False, True), "broken": (True, False), "still wrong": (False, False)}
     for name, after in others:
         for kind, right in kinds.items():
-            both = zip(before, after)
-            pairs = [(b, a) for b, a in both if (b["correct"], a["correct"]) == right]
-            yield f"\n{name} against {base}: {len(pairs)} {kind}"
+            pairs = [(b, a) for b, a in zip(before, after) if (b["correct"], a["correct"]) == right]
+            yield f"\n{name} against {base}: {len(pairs)} {kind}, up to {most} shown"
             for pair in pairs[:most]:
-                table = Table(Column(base, ratio=1), Column(name, ratio=1), expand=True)
-                table.title_justify, table.title_style = "left", "bold"
-                table.title = f"{pair[0]['question']}\nreference: {pair[0]['answer']}"
+                table = Table(base, name, expand=True)
                 table.add_row(*(r["completion"] + " (cut off)" * r["truncated"] for r in pair))
+                yield f"{pair[0]['question']}\nreference: {pair[0]['answer']}"
                 yield table
-            if len(pairs) > most:
-                yield f"{len(pairs) - most} more {kind}; --output FILE has all"
-
-
-def drift_table(then: list[dict], now: list[dict]) -> tuple[Table, bool]:
-    """Compares two evaluations on the questions that both have, in all and by type, by paired exact
-    tests with Holm's adjustment: (table, whether anything is worse at 0.05)."""
-    known = {(record["question"], record["answer"]): record for record in then}
-    asked = [record for record in now if (record["question"], record["answer"]) in known]
-    if not asked:
-        raise UserError("There is nothing to compare: the two evaluations share no question.")
-    found, rows, worse = [], [], False
-    for group, own in [("all", asked), *by_type(asked).items()]:
-        old = [known[record["question"], record["answer"]] for record in own]
-        for name, (key, form, bad) in MEASURES.items():
-            before, after = ([record.get(key) for record in each] for each in (old, own))
-            if None not in before + after:
-                # Rounded, because another machine computes the same entropy a little differently.
-                p = mcnemar([round(x, 3) for x in before], [round(x, 3) for x in after])
-                means = fmean(before), fmean(after)
-                found.append((f"{group} ({len(own)}): {name}", *means, form, bad, p))
-    adjusted = holm([p for *_, p in found])
-    for (label, before, after, form, bad, _), p in zip(found, adjusted):
-        fault = (after - before) * bad > 0 and p <= 0.05
-        arrow = ("\u2191" if after > before else "\u2193") * (p <= 0.05) + " worse" * fault
-        rows.append((label, f"{before:{form}}", f"{after:{form}}", f"{p:.2g}", arrow))
-        worse = worse or fault
-    title = f"{len(asked)} of {len(now)} questions are those of the run's own evaluation"
-    return right_aligned(["", "then", "now", "p (Holm)", ""], rows, title), worse
-
-
-def method_rule(method: str, function: Callable, alpha: int, p: float, k: int | None) -> str:
-    """What a method trains, in words; of a FILE.py:function, what its docstring says first."""
-    cap = f", at most {k} a completion" if k else ""
-    rules = {
-        "grpo": "all tokens, each by its completion's reward against the group's mean",
-        "s-grpo": f"as grpo, but on tokens drawn at random: the first {alpha} of each completion, "
-        f"each later one with probability {p:g}{cap}; shared beginnings count once",
-        "t-spmo": "where completions part: mean reward with the token, minus that before it",
-    }
-    said = (function.__doc__ or "").strip() or getattr(function, "__name__", method)
-    return rules.get(method) or said.split("\n")[0].rstrip(".")
 
 
 def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods: dict) -> Iterator:
-    """What `inspect` shows of a group: the problem, the credit on each completion for each method
-    (name: its rule, its weights of nodes), the branch points."""
-    trie, problem = Trie(rollout.completions), rollout.problem
-    yield f"Problem: {problem.question}\nAnswer: {problem.answer}"
+    """What `inspect` shows of a group, given {method: (its rule, its {node: weight})}."""
+    trie, rewards = Trie(rollout.completions), rollout.rewards
+    yield f"Problem: {rollout.problem.question}\nAnswer: {rollout.problem.answer}"
     yield (
-        f"{sum(map(len, trie.paths))} tokens are {len(trie.tokens)} nodes: a node is one token "
-        "after one exact beginning, shared by the completions through it.\nThe trained ones are "
-        "marked [+more likely] or [-less likely], up to +++."
+        f"{sum(map(len, trie.paths))} tokens are {len(trie.tokens)} nodes (a node: one token after "
+        "one exact beginning).\nTrained: [+more likely], [-less likely], up to +++."
     )
     if not rollout.has_signal:
-        yield Text("All rewards are equal, so no method learns anything from this group.", "yellow")
+        yield Text("All rewards are equal: no method learns anything from this group.", "yellow")
     for name, (rule, weights) in methods.items():
-        told = f": {rule}. {len(weights)} of {len(trie.tokens)} nodes are trained."
-        yield Text.assemble((f"\n{name}", "bold"), told)
-        rows = zip(trie.paths, rollout.rewards, finished)
-        for number, (path, reward, ended) in enumerate(rows, 1):
-            credit, mark = credit_text(decode, trie, path, weights), "" if ended else " (cut off)"
-            yield Text.assemble((f"{number:2}  reward {reward:g}  ", "bold"), credit, mark)
-    yield branch_table(decode, trie, rollout.rewards)
-
-
-def one_line(decode: Callable, trie: Trie, nodes: list[int]) -> str:
-    return decode([trie.tokens[node] for node in nodes]).replace("\n", "\u21b5")
+        yield f"\n{name}: {rule}. {len(weights)} of {len(trie.tokens)} nodes are trained."
+        for path, reward, ended in zip(trie.paths, rewards, finished):
+            text = credit_text(decode, trie, path, weights)
+            yield Text.assemble(f"reward {reward:g}  ", text, "" if ended else " (cut off)")
+    through = rewards_through(trie, rewards)
+    parts = [n for n, parent in enumerate(trie.parents) if len(through[n]) < len(through[parent])]
+    yield "\nWhere they part (completions, mean reward, next token)"
+    for n in sorted(parts, key=lambda n: -len(through[n]))[:12]:
+        count, mean = len(through[n]), fmean(through[n])
+        yield f"{count:4} {mean:6.2f}  token {trie.depths[n] + 1}: {decode([trie.tokens[n]])!r}"
 
 
 def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int, float]) -> Text:
-    """One completion: trained tokens in brackets with one to three signs for their share of the
-    largest weight, runs of equal strength together; the others dim."""
-    most, text = max(map(abs, weights.values()), default=0) or 1.0, Text()
+    """A completion, trained tokens in brackets: three signs for the largest weight, or fewer."""
+    most, text = max(map(abs, weights.values()), default=1.0), Text()
 
     def signs(node: int) -> str:
         weight = weights.get(node, 0.0)
         return ("+" if weight > 0 else "-") * math.ceil(3 * abs(weight) / most - 1e-6)
 
     for marks, run in groupby(path, signs):
-        words = one_line(decode, trie, run)
-        color = ("green" if "+" in marks else "red") + " bold" * (len(marks) == 3)
-        text.append(*((f"[{marks}{words}]", color) if marks else (words, "dim")))
+        words = decode([trie.tokens[node] for node in run]).replace("\n", "↵")
+        style = "dim" if not marks else "green" if "+" in marks else "red"
+        text.append(f"[{marks}{words}]" if marks else words, style)
     return text
 
 
-def branch_table(decode: Callable, trie: Trie, rewards: list[float]) -> Table:
-    """The branch points that most completions pass, each with its ways to go on."""
-    ways = defaultdict(lambda: defaultdict(list))  # node: next node: rewards of the completions
-    for path, reward in zip(trie.paths, rewards):
-        for node, following in pairwise([-1, *path]):
-            ways[node][following].append(reward)
-    points = [node for node in ways if len(ways[node]) > 1]
-    points.sort(key=lambda node: -sum(map(len, ways[node].values())))
-    table = Table(
-        "after",
-        "comes (completions, their mean reward)",
-        title="\nbranch points",
-        title_justify="left",
-    )
-    for point in points[:8]:
-        path = next((path for path in trie.paths if point in path), [])
-        before = path[: trie.depths[point] + 1][-6:] if path else []
-        comes = ""
-        for node, own in ways[point].items():
-            comes += f'"{one_line(decode, trie, [node])}" ({len(own)}, {fmean(own):.2f})  '
-        table.add_row(one_line(decode, trie, before) or "(the prompt)", comes)
+def curve_of(rows: list[dict], what: str) -> dict[int, float]:
+    """{step: value} of a column of metrics.jsonl, as at most 30 means of neighbours."""
+    known = [(i, r[what]) for i, r in enumerate(rows, 1) if math.isfinite(r.get(what, math.nan))]
+    size = len(known) // 30 + 1
+    chunks = [known[i : i + size] for i in range(0, len(known), size)]
+    return {chunk[-1][0]: fmean(y for _, y in chunk) for chunk in chunks}
+
+
+def curve_table(curves: dict[str, dict], what: str) -> Table:
+    """A line per run, all of them on one scale."""
+    values = [y for curve in curves.values() for y in curve.values()]
+    low, scale = min(values), 7.99 / (max(values) - min(values) or 1)
+    table = Table("run", what, "first", "last")
+    for run, curve in curves.items():
+        own = [*curve.values()]
+        line = "".join("▁▂▃▄▅▆▇█"[int((y - low) * scale)] for y in own)
+        table.add_row(run, line, f"{own[0]:.3g}", f"{own[-1]:.3g}")
     return table
 
 
-def curves_of(runs: dict[str, tuple[list, list]], what: str) -> tuple[dict, list[str]]:
-    """({label: curve of (step, value)}, sentences on runs without one), from the rows of each run's
-    metrics.jsonl and eval.jsonl. UserError if none has one."""
-    curves, lacking = {}, []
-    for run, (rows, records) in runs.items():
-        points = [(row["step"], curve_values(row).get(what)) for row in rows]
-        phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
-        gain = " \u2192 ".join(f"{accuracy(phase):.1%}" for phase in phases if all(phases))
-        if curve := [(x, y) for x, y in points if y is not None and math.isfinite(y)]:
-            curves[f"{run}  {gain}".strip()] = curve
-        else:
-            lacking.append(f"{run} has no {what if rows else 'steps yet'}, so it is left out.")
-    if not curves:
-        raise UserError("There is nothing to draw: " + " ".join(lacking))
-    return curves, lacking
-
-
-def smoothed(curves: dict, width: int) -> dict:
-    """Each value replaced by the mean over the last `width` steps."""
-    means = {label: [] for label in curves}
-    for label, curve in curves.items():
-        for i, (step, _) in enumerate(curve, 1):
-            recent = [y for x, y in curve[max(0, i - width) : i] if x > step - width]
-            means[label].append((step, fmean(recent)))
-    return means
-
-
-def draw_curves(curves: dict, every: int, width: int, height: int) -> list[Text]:
-    """Lines of text: the curves over each other, each with a sign and a colour of its own, then
-    what they are, with the last value of each `every` steps."""
-    steps, values = zip(*(point for curve in curves.values() for point in curve))
-    last, low, high = max(steps), min(values), max(values)
-    colors = ("cyan", "magenta", "yellow", "green", "red", "blue", "white", "bright_black")
-    grid, legend = [[(" ", "")] * width for _ in range(height)], []
-    for number, (label, curve) in enumerate(curves.items()):
-        style = ("*o+x#@%="[number % 8], colors[number % 8])
-        for column in range(width):
-            step = 1 + column * (last - 1) / max(1, width - 1)
-            if curve[0][0] <= step <= curve[-1][0]:
-                _, value = min(curve, key=lambda point: abs(point[0] - step))
-                grid[round((high - value) / ((high - low) or 1) * (height - 1))][column] = style
-        told = {(step - 1) // every: f"{value:.3g}" for step, value in curve}
-        legend.append(Text.assemble(style, f" {label}: {' '.join(told.values())}"))
-    middle = high - (high - low) * (height // 2) / (height - 1)
-    labels = {0: f"{high:8.3f}", height // 2: f"{middle:8.3f}", height - 1: f"{low:8.3f}"}
-    lines = [Text.assemble(labels.get(y, " " * 8), "\u2502", *row) for y, row in enumerate(grid)]
-    axis = " " * 8 + "\u2514" + "\u2500" * width + "\n" + " " * 9 + "1" + f"{last}".rjust(width - 1)
-    return [*lines, Text(axis), *legend]
-
-
-def save_picture(curves: dict, means: dict, what: str, path: Path) -> None:
-    if path.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {path} must end in .png or .svg.")
+def save_picture(curves: dict[str, dict], what: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("A picture needs one more package: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4), layout="constrained")
+        raise UserError("For a picture: pip install matplotlib") from None
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
-    for number, (label, curve) in enumerate(curves.items()):
-        color, escaped = f"C{number}", label.replace("$", r"\$")  # or it would be read as a formula
-        axes.plot(*zip(*curve), color=color, alpha=0.2)
-        axes.plot(*zip(*means[label]), color=color, label=escaped)
-    axes.set(xlabel="step", ylabel=CURVES[what][1])
+    for run, curve in curves.items():
+        axes.plot(*zip(*curve.items()), label=run)
+    axes.set(xlabel="step", ylabel=what)
     axes.legend()
     figure.savefig(path)
 
@@ -2391,7 +2221,7 @@ def save_picture(curves: dict, means: dict, what: str, path: Path) -> None:
 # ---- 10. Command line ---------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
-METHODS = ("s-grpo", "t-spmo", "grpo")
+METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
 
 
 @app.callback()
@@ -2678,13 +2508,14 @@ def train_and_compare(policy, train_set, held_out, test_set, settings: Settings,
                     "wrong: unless that is what it shall learn, raise --max-new-tokens.",
                     style="yellow",
                 )
-        with live_table(settings.steps, memory, bool(held_out)) as show:
+        with live_table(settings.steps, memory) as show:
             for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
                 text = policy.text(first.completions[0])
-                note = completion_note(first.problem, text, first.rewards[0], row["step"])
-                show(row, note if row["step"] % 10 == 1 else None)
+                note = completion_note(first.problem, text, first.rewards[0])
+                show(row, note if row["step"] % 10 == 1 else "")
         if any(gather([bool(stop)])):
-            say_command("Stopped and saved. Continue with: ", again)
+            # A command is printed as one line, so that it can be pasted.
+            console.print("Stopped and saved. Continue with:", again, soft_wrap=True)
             raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
         accelerate.PartialState().wait_for_everyone()
         kept = safetensors.load_file(run / "adapter_model.safetensors")
@@ -2704,7 +2535,8 @@ def train_and_compare(policy, train_set, held_out, test_set, settings: Settings,
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
     command = f"python tokenrl.py eval {settings.task} --adapter {folder}"
-    say_command("Ask it again: ", command + repeated(settings, ["reward", "metric"]))
+    command += repeated(settings, ["reward", "metric"])
+    console.print("Ask it again:", command, soft_wrap=True)
 
 
 def repeated(settings: Settings, keys: list[str]) -> str:
@@ -2735,7 +2567,7 @@ def catch_signals(again: str):
     try:
         yield stop
     except KeyboardInterrupt:
-        say_command("Interrupted; what was saved is intact. Continue with: ", again)
+        console.print("Interrupted; all saved is intact. Continue with:", again, soft_wrap=True)
         raise typer.Exit(128 + (stop or [signal.SIGINT])[0]) from None
     finally:
         for number, handler in before.items():
@@ -2797,17 +2629,19 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) ->
         rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
     credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
     sums, _ = update(policy, credited, len(rollouts), new_optimizer(policy.model), settings)
-    seconds, memory = time.perf_counter() - middle, memory_name(device)
+    seconds = time.perf_counter() - middle
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     rows = [
         ("weights", gigabytes(weights)),
-        (f"peak {memory}, rollout", gigabytes(rollout_peak)),
-        (f"peak {memory}, update", gigabytes(peak_memory(device))),
+        ("peak memory, rollout", gigabytes(rollout_peak)),
+        ("peak memory, update", gigabytes(peak_memory(device))),
         ("tokens generated", f"{sum(len(c) for r in rollouts for c in r.completions):,}"),
         ("tokens trained", f"{sums['tokens_trained']:,}"),
         ("rollout / update, s", f"{middle - start:.1f} / {seconds:.1f}"),
     ]
-    console.print(right_aligned([f"largest step, {method_name(settings.method)}", ""], rows))
+    console.print(f"The largest step, {method_name(settings.method)}:")
+    for name, value in rows:
+        console.print(f"{name:22}{value:>14}")
 
 
 @app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
@@ -2895,7 +2729,10 @@ def inspect_command(
     shown = {}
     for name, function in functions.items():
         credited = credit([rollout], function, random.Random(settings.seed))
-        rule = method_rule(name, function, settings.alpha, settings.p, settings.k)
+        words = METHODS.get(name, function).__doc__ or "a method without a docstring"
+        rule = words.strip().split("\n")[0].rstrip(".")
+        if name == "s-grpo":
+            rule += f" (alpha {settings.alpha}, p {settings.p:g}, k {settings.k or 'off'})"
         shown[method_name(name)] = rule, credited[0][2] if credited else {}
     finished = [policy.finished(completion) for completion in rollout.completions]
     parts = list(show_group(policy.tokenizer.decode, rollout, finished, shown))
@@ -2910,25 +2747,30 @@ def inspect_command(
 @app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[str, own("reward, accuracy, validation, entropy, kl, length, ...")] = "reward",
-    smooth: Annotated[int | None, own("Means over so many steps.", "a tenth")] = None,
+    what: Annotated[
+        str, own("A column of metrics.jsonl: reward, validation, entropy, ...")
+    ] = "reward",
     output: Annotated[Path | None, own("Also draw it into this .png or .svg file.")] = None,
 ):
     """Draw the curves of one or more runs, in the terminal and as a picture."""
-    if what not in CURVES:
-        raise UserError(f"--what {what} is not one of {', '.join(CURVES)}.")
-    found = {}
+    if output and output.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {output} must end in .png or .svg.")
+    curves = {}
     for run in runs:
         files = [run / "metrics.jsonl", run / "eval.jsonl"]
-        found[str(run)] = tuple([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
-    curves, lacking = curves_of(found, what)
-    width = smooth or max(1, max(curve[-1][0] for curve in curves.values()) // 10)
-    means = smoothed(curves, width)
-    console.print(f"{CURVES[what][1]}, mean over {width} steps", *lacking, sep="\n")
-    console.print(*draw_curves(means, width, min(console.width, 100) - 9, 16), sep="\n")
+        rows, records = ([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
+        phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
+        gain = " → ".join(f"{accuracy(phase):.1%}" for phase in phases if all(phases))
+        if curve := curve_of(rows, what):
+            curves[f"{run}  {gain}".strip()] = curve
+        else:
+            console.print(f"{run} has no {what if rows else 'steps yet'}, so it is left out.")
+    if not curves:
+        raise UserError("There is nothing to draw.")
+    console.print(curve_table(curves, what))
     if output:
         check_writable(output)
-        save_picture(curves, means, what, output)
+        save_picture(curves, what, output)
         console.print(f"Written: {output}")
 
 
@@ -2966,7 +2808,8 @@ def merge(
                 str(value)
             ):
                 words += [f"--{key.replace('_', '-')}", str(value)]
-        say_command("Check it: ", shlex.join(words) + repeated(settings, ["reward"]))
+        command = shlex.join(words) + repeated(settings, ["reward"])
+        console.print("Check it:", command, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
