@@ -382,7 +382,7 @@ def exact_reward(text: str, answer: str) -> float:
 SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
 SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
 
-# For the prompt; `prep` writes them beside the data as examples.jsonl, where they can be edited.
+# For the prompt; `prep` writes them to examples.jsonl, where they can be edited.
 STORY_EXAMPLES = [
     {
         "question": "A kiosk had 24 kites. It sold 9 kites and 3 balls. How many kites are left?",
@@ -393,8 +393,10 @@ STORY_EXAMPLES = [
         "answer": "4 bags of 6 shells are 4 * 6 = 24 shells.\n#### 24",
     },
     {
-        "question": "After Jon gave away 7 stamps he had 12 left. How many did he have before?",
-        "answer": "He had the 12 that are left and 7 he gave away: 12 + 7 = 19 stamps.\n#### 19",
+        "question": "After Jon gave away 7 stamps he had 12 left. "
+        "How many stamps did he have before?",
+        "answer": "He had the 12 that are left and the 7 he gave away: "
+        "12 + 7 = 19 stamps.\n#### 19",
     },
 ]
 MULTIPLY_EXAMPLES = [
@@ -427,361 +429,261 @@ def is_code(option: str) -> bool:
 
 
 def load_function(option: str) -> Callable:
+    """The function that FILE.py:function names."""
     path, _, name = option.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"There is no file {path}, which {option!r} names.")
     try:
-        with contextlib.chdir("."):  # comes back, wherever the file goes
-            function = runpy.run_path(path).get(name)
+        with contextlib.chdir("."):  # and back, wherever it goes
+            return runpy.run_path(path)[name]
     except BaseException as error:  # sys.exit() too
-        fault = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path} cannot be run: {fault}") from None
-    if not callable(function):
-        raise UserError(f"{path} defines no function {name!r}.")
-    return function
-
-
-def regex_reward(option: str) -> Callable[[str, str], bool]:
-    pattern = re.sub(r"\{answer\}(?=[?*+{])", "(?:{answer})", option.removeprefix("regex:"))
-
-    def reward(text: str, answer: str) -> bool:
-        return bool(re.search(pattern.replace("{answer}", re.escape(answer)), text))
-
-    try:
-        for answer in ("0", "12", "-3.5", "Paris", "net 30"):
-            reward("", answer)
-    except Exception as error:
-        fault = f"is not a regular expression where the answer is {answer!r}"
-        raise UserError(f"{option!r} {fault}: {error}.") from None
-    return reward
+        raise UserError(f"{name!r} cannot be loaded from {path}: {error!r}.") from None
 
 
 def reward_function(option: str, decimal: str = "") -> Callable[[str, str], float]:
-    """(text of a completion, reference answer) -> reward in [0, 1], for number, exact,
-    regex:PATTERN ({answer} in it stands for the reference) or FILE.py:function."""
-    if option == "number":
-        return partial(number_reward, decimal=decimal)
+    """(completion, reference answer) -> reward in [0, 1], by number, exact, FILE.py:function or
+    regex:PATTERN, where {answer} stands for the reference."""
     if option == "exact":
         return exact_reward
-    if not is_code(option) and not option.startswith("regex:"):
-        forms = "number, exact, regex:PATTERN or FILE.py:function"
-        raise UserError(f"{option!r} is not a reward; use {forms}.")
-    function = load_function(option) if is_code(option) else regex_reward(option)
+    if option == "number":
+        return partial(number_reward, decimal=decimal)
+    pattern = re.sub(r"\{answer\}(?=[?*+{])", "(?:{answer})", option.removeprefix("regex:"))
+    if not (option.startswith("regex:") or is_code(option)):
+        raise UserError(f"{option!r} is not number, exact, regex:PATTERN or FILE.py:function.")
+    function = load_function(option) if is_code(option) else None
 
-    def checked(text: str, answer: str) -> float:
+    def reward(text: str, answer: str) -> float:
         try:
+            if not function:
+                return float(bool(re.search(pattern.replace("{answer}", re.escape(answer)), text)))
             with contextlib.chdir("."):
-                value = function(text, answer)
-            number = float(value) if hasattr(value, "__float__") else math.nan  # numpy's too
-            if -1e-6 <= number <= 1 + 1e-6:
-                return 1.0 if number > 1 - 1e-6 else max(0.0, number)  # 0.7 + 0.2 + 0.1 is 1
-            fault = f"returned {value!r}, which is not a number from 0 to 1,"
+                value = round(float(function(text, answer)), 6)  # 0.7 + 0.2 + 0.1 is 1
+            if 0 <= value <= 1:
+                return value
+            raise ValueError(f"{value} is not from 0 to 1")
         except BaseException as error:
-            fault = f"raised {type(error).__name__} ({first_line(error)})"
-        case = f"on the completion {text!r} with the reference answer {answer!r}"
-        raise UserError(f"{option} {fault} {case}.")
+            case = f"{text!r} where {answer!r} is right"
+            raise UserError(f"{option} fails on {case}: {error!r}.") from None
 
-    return checked
+    if not function:
+        reward("", "Paris")  # refuses a wrong pattern
+    return reward
 
 
 def read_text(path: Path) -> str:
     """Text as UTF-8, or as Windows writes it: UTF-16 with a byte order mark, or Windows-1252."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    raw = Path(path).read_bytes()
-    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    for encoding in ["utf-16"] if wide else ["utf-8-sig", "cp1252"]:
-        with contextlib.suppress(UnicodeDecodeError):
-            text = raw.decode(encoding)
-            if "\0" not in text:
-                return text.replace("\r\n", "\n").replace("\r", "\n")
-    raise UserError(f"{path} is not text (UTF-8, UTF-16 or Windows-1252); save it as UTF-8.")
+    for encoding in ("utf-16", "utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeError):
+            return path.read_text(encoding)
+    raise UserError(f"{path} is not text; save it as UTF-8.")
 
 
 def read_rows(path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) of a CSV file with a header line or of a JSONL file; (entry number, row)
-    of a JSON array."""
-    text, number, rows = read_text(path), 1, []
-    if path.suffix.lower() == ".csv":
-        return csv_rows(path, text)
+    """(line, row) of JSONL, of a JSON array, or of a sheet: CSV with a header line."""
+    text = read_text(path)
     try:
-        if text.lstrip().startswith("["):
-            rows = list(enumerate(json.loads(text), 1))
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append((number, json.loads(line)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON at line {number}: {error}.") from None
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is not an object (a row as {{...}}).")
-    return rows
-
-
-def csv_rows(path: Path, text: str) -> list[tuple[int, dict]]:
-    csv.field_size_limit(2**31 - 1)
-    announced = re.match(r'(?i)"?sep=([^"\s]|\t)"?\n', text)  # Excel's own first line
-    delimiter = announced[1] if announced else max(",;\t", key=text.split("\n")[0].count)
-    style = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
-    reader = csv.DictReader(io.StringIO(text, newline=""), **style)
-    try:
-        if announced:
-            next(reader.reader)
-        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
-        rows = [(reader.line_num, row) for row in reader if any(row.values())]
-    except csv.Error as error:
-        raise UserError(f"{path} is not valid CSV after line {reader.line_num}: {error}.") from None
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
-        raise UserError(f"{path} has several columns {twice[0]!r}; rename or remove them.")
-    return rows
-
-
-def write_jsonl(path: Path, rows) -> None:
-    write_atomically(path, jsonl(rows))
+        if path.suffix.lower() not in (".json", ".jsonl"):
+            mark, table = re.fullmatch(r'(?is)(?:"?sep=(.)"?\n)?(.*)', text).groups()  # Excel's own
+            style = {"skipinitialspace": True, "strict": True}
+            style["delimiter"] = mark or max(",;\t", key=table.split("\n")[0].count)
+            reader = csv.DictReader(io.StringIO(table), **style)
+            return [(reader.line_num + bool(mark), row) for row in reader if any(row.values())]
+        if not text.lstrip().startswith("["):  # JSONL is an array without its commas
+            text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+        return [(line, {**row}) for line, row in enumerate(json.loads(text), 1)]
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path} does not hold rows: {error}.") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    write_together(path.parent, {path.name: text})
+    """Whenever it is killed, the old text is there or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write it
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
 
 
-def jsonl(rows) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def write_jsonl(path: Path, rows) -> None:
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_together(folder: Path, texts: dict[str, str]) -> None:
-    """Write files that belong together: killed at any moment, the last is missing, or all fit."""
-    new = {folder / name: text.encode(errors="replace") for name, text in texts.items()}
-    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in new}
-    *others, last = new
-    try:
-        for path in new:
-            temporary[path].write_bytes(new[path])
-        # Another process may just have written the same, and be reading it.
-        if last.exists() and not all(p.exists() and p.read_bytes() == new[p] for p in others):
-            last.unlink()
-        for path in new:
-            os.replace(temporary[path], path)
-    finally:
-        for path in new:
-            temporary[path].unlink(missing_ok=True)
+def to_problem(row: dict, question="question", answer="answer", decimal="") -> Problem:
+    """A row's texts; of a worked answer what follows the last ####, as in GSM8K. JSON's numbers get
+    the decimal mark of the others."""
+    cells = [row.get(column) for column in (question, answer, "type")]
+    asked, wanted, kind = ("" if cell is None else str(cell).strip() for cell in cells)
+    if isinstance(cells[1], float):
+        wanted = wanted.replace(".", decimal or ".")
+    return Problem(asked, wanted.rpartition("####")[2].strip(), kind)
 
 
-def cell_text(value) -> str:
-    if value is None or isinstance(value, list | dict):
-        return ""
-    # Half a surrogate pair, which JSON can escape, cannot be written to a file again.
-    return str(value).encode(errors="replace").decode().strip()
+def fault_of(problem: Problem, reward: str, decimal: str) -> str:
+    """Why no answer can be found right, or nothing."""
+    if not problem.question or not problem.answer:
+        return "no answer" if problem.question else "no question"
+    if reward == "number" and read_number(problem.answer, decimal) is None:
+        return f"the answer {problem.answer!r:.60} is not a number"
+    if reward == "exact" and ("\n" in problem.answer or _MARK.search(problem.answer)):
+        return f"no completion can give {problem.answer!r:.60}"
+    return ""
 
 
-def reference(value, decimal: str = "") -> str:
-    """The answer in a cell; of a worked one what follows the last ####, as in GSM8K."""
-    if isinstance(value, float):  # JSON has a point in every country
-        return str(value).replace(".", decimal or ".")
-    return cell_text(value).rpartition("####")[2].strip()
+def decimal_mark(answers: list[str]) -> str:
+    """The decimal mark, "" if it makes no difference; one 3,5 tells how to read all 1,200."""
+    unclear = [a for a in answers if read_number(a, ",") != read_number(a, ".")]
+    commas = [a for a in unclear if read_number(a, ".") is None]
+    points = [a for a in unclear if read_number(a, ",") is None]
+    if unclear and bool(commas) == bool(points):
+        shown = " and ".join(commas[:1] + points[:1] or unclear[:2])
+        raise UserError(f"{shown} can be read in two ways: say --decimal , or --decimal .")
+    return "," if commas else "." if points else ""
 
 
-def to_problem(row: dict, question: str, answer: str, reward: str, decimal: str) -> Problem | str:
-    """The problem in a row, or the reason why there is none."""
-    if any(row.get(None, ())):  # an answer such as 1,200 without quotes
-        return "more fields than the header (put texts with commas into quotes)"
-    asked, wanted = cell_text(row.get(question)), reference(row.get(answer), decimal)
-    if not asked or not wanted:
-        return "no answer" if asked else "no question"
-    numeric = reward == "number" or isinstance(row[answer], float)  # JSON's NaN is a float
-    if numeric and read_number(wanted, decimal) is None:
-        return "the answer is not a number"
-    if reward == "exact" and not re.fullmatch("< .* >", final_text(f"#### < {wanted} >")):
-        return "no completion can give this answer (there is a line break or a mark in it)"
-    return Problem(asked, wanted, cell_text(row.get("type")))
-
-
-def file_problems(
-    path: Path, question: str, answer: str, reward: str, decimal: str | None
-) -> tuple[list[Problem], list[dict], str]:
-    """(problems, rejected rows, decimal mark) of a sheet; without a mark the answers tell it."""
+def file_problems(path: Path, question: str, answer: str, reward: str, decimal: str | None):
+    """(problems, rejected rows, decimal mark) of a file."""
     rows = read_rows(path)
-    columns = {key for _, row in rows for key in row if key}
-    for column, name in ((question, "--question"), (answer, "--answer")):
-        if rows and column not in columns:
-            there = f"it has: {', '.join(sorted(columns)[:20])}"
-            raise UserError(f"{path} has no column {column!r} ({there}); name yours with {name}.")
+    columns = {column for _, row in rows for column in row if column}
+    if rows and not {question, answer} <= columns:
+        raise UserError(f"{path} has the columns {sorted(columns)}; see --question and --answer.")
     if decimal is None:
-        answers = [row.get(answer) for _, row in rows]
-        decimal = decimal_mark(path, answers) if reward == "number" else ""
-    first, rejected = {}, []
+        texts = [row for _, row in rows if isinstance(row.get(answer), str)]
+        answers = [to_problem(row, question, answer).answer for row in texts]
+        decimal = decimal_mark(answers) if reward == "number" else ""
+    good, rejected = {}, []
     for line, row in rows:
-        problem = to_problem(row, question, answer, reward, decimal)
-        if isinstance(problem, Problem):
-            before, before_line = first.setdefault(problem.question, (problem, line))
-            if before_line == line:
-                continue
-            same = before.answer == problem.answer
-            same = same or number_reward(problem.answer, before.answer, decimal)
-            kind = "a repeat" if same else "a contradiction"
-            problem = f"{kind}: line {before_line} has the answer {before.answer!r}"
-        rejected.append({"line": line, "reason": problem, "row": row})
-    return [problem for problem, _ in first.values()], rejected, decimal
-
-
-def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
-    """A task that `prep` wrote; `numeric`: all answers must be numbers."""
-    folder = data_dir / name
-    if not (folder / "train.jsonl").exists():
-        known = {path.parent.name for path in data_dir.glob("*/train.jsonl")} - {"demo"}
-        there = ", ".join(sorted(known)) or "none"
-        make = (
-            f"python tokenrl.py prep {name if name in ('svamp', 'multiply') else 'YOUR_FILE.csv'}"
-        )
-        raise UserError(
-            f"No task {name!r} in {data_dir} (there are: {there}); make it with: {make}"
-        )
-    paths = folder / "task.json", folder / "examples.jsonl"
-    facts, examples = (read_rows(path) if path.exists() else [] for path in paths)
-    decimal = facts[0][1].get("decimal", "") if facts else ""
-    if decimal not in ("", ",", "."):
-        raise UserError(f"{paths[0]} line 1: the decimal mark {decimal!r} is neither , nor .")
-    for line, row in examples:
-        if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
-            raise UserError(f'{paths[1]} line {line} lacks a "question" or an "answer" as text.')
-    task = Task([], [], [row for _, row in examples], decimal)
-    reward = "number" if numeric else ""
-    for path, problems in (
-        (folder / "train.jsonl", task.train),
-        (folder / "test.jsonl", task.test),
-    ):
-        for line, row in read_rows(path):
-            problem = to_problem(row, "question", "answer", reward, decimal)
-            if isinstance(problem, str):
-                raise UserError(f"{path} line {line}: {problem}.")
-            problems.append(problem)
-    if not task.test:
-        raise UserError(f"{path} is empty.")
-    return task
-
-
-def write_task(name, problems, examples, test_share, seed, data_dir, decimal="", rejected=()):
-    """Split at random and write the folder data_dir/name; returns the sizes of train and test.
-    Worked examples that are there already may be the user's own, and are kept."""
-    problems = random.Random(seed).sample(problems, len(problems))
-    cut = len(problems) - round(len(problems) * test_share)
-    if not problems or not (test_share == 1 or 0 < cut < len(problems)):
-        raise UserError(f"{len(problems)} usable problems are too few for train and test.")
-    folder = data_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {} if (folder / "examples.jsonl").exists() else {"examples.jsonl": examples}
-    files |= {"rejected.jsonl": rejected, "task.json": [{"decimal": decimal}]}
-    files["test.jsonl"] = map(asdict, problems[cut:])
-    files["train.jsonl"] = map(asdict, problems[:cut])  # last: where it is, the task is whole
-    write_together(folder, {file: jsonl(rows) for file, rows in files.items()})
-    return cut, len(problems) - cut
+        problem = to_problem(row, question, answer, decimal)
+        reason = fault_of(problem, reward, decimal)
+        if any(row.get(None, ())):
+            reason = "more fields than the header (is 1,200 without quotes?)"
+        elif before := not reason and good.get(problem.question):
+            old, new = before.answer, problem.answer
+            kind = "repeat" if new == old or number_reward(new, old, decimal) else "contradiction"
+            reason = f"a {kind}: {new!r:.60} after {old!r:.60}"
+        if reason:
+            rejected.append({"line": line, "reason": reason, "row": row})
+        else:
+            good[problem.question] = problem
+    return list(good.values()), rejected, decimal
 
 
 def svamp_problems(source: Path | None) -> list[Problem]:
-    """SVAMP (Patel et al. 2021) from a file or the network, with the published checksum."""
+    """SVAMP (Patel et al. 2021), from a copy or the network."""
+    address = source.absolute().as_uri() if source else SVAMP_URL
     try:
-        raw = (
-            source.read_bytes() if source else urllib.request.urlopen(SVAMP_URL, timeout=20).read()
-        )
+        raw = urllib.request.urlopen(address, timeout=20).read()
     except (OSError, http.client.HTTPException) as error:
-        advice = f"fetch {SVAMP_URL} and run: python tokenrl.py prep svamp --source SVAMP.json"
-        raise Unreachable(f"SVAMP cannot be read ({error}); {advice}") from None
+        raise Unreachable(f"{address} cannot be read ({error}); name a copy: --source.") from None
     if hashlib.sha256(raw).hexdigest() != SVAMP_SHA256:
-        advice = "prepare a version of your own with: python tokenrl.py prep FILE"
-        raise UserError(f"This SVAMP.json is not as published (its sha256 differs); {advice}")
+        raise UserError("SVAMP.json is not as published: its sha256 differs.")
     problems = []
     for row in json.loads(raw):
-        body = row["Body"].strip()
+        body, answer = row["Body"].strip(), str(row["Answer"]).removesuffix(".0")
         stop = "" if body.endswith((".", "?", "!", ",")) else "."
-        answer = str(row["Answer"]).removesuffix(".0")
         kind = row["Type"].replace("Divison", "Division")  # the file misspells one
         problems.append(Problem(f"{body}{stop} {row['Question'].strip()}", answer, kind))
     return problems
 
 
 def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
-    """Products of numbers with `digits` ("3", or "2x1") digits; no unordered pair comes twice."""
-    match = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
-    if not match:
-        raise UserError(f"--digits {digits!r} is not a number of digits such as 3, or two as 2x1.")
-    sizes = int(match[1]), int(match[2] or match[1])
-    # Times 1 teaches nothing.
-    first, second = (range(10 ** (size - 1) + (size == 1), 10**size) for size in sizes)
-    ordered = len(first) * len(second)
-    total = (ordered + len(first)) // 2 if first == second else ordered
-    if count > total:
-        raise UserError(f"--count {count} is too many: with --digits {digits} there are {total:,}.")
+    """Products of numbers with `digits` (3, or 2x1) digits; no unordered pair comes twice."""
+    if not (found := re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)):
+        raise UserError(
+            f"--digits {digits!r} is not a number from 1 to 9 such as 3, or a pair: 2x1."
+        )
+    sizes = int(found[1]), int(found[2] or found[1])
+    left, right = (range(max(2, 10 ** (n - 1)), 10**n) for n in sizes)  # times 1 teaches nothing
+    total = len(left) * len(right)
+    different = (total + len(left)) // 2 if left == right else total
+    if count > different:
+        raise UserError(f"--count {count}: --digits {digits} gives only {different} products.")
     pairs = {}
-    for i in random.Random(seed).sample(range(ordered), min(ordered, 2 * count)):  # a * b and b * a
-        a, b = first[i // len(second)], second[i % len(second)]
-        kind = f"{len(str(a))}x{len(str(b))}"
-        pairs.setdefault(frozenset((a, b)), Problem(f"What is {a} * {b}?", str(a * b), kind))
+    for i in random.Random(seed).sample(range(total), min(total, 2 * count)):  # a * b and b * a
+        a, b = left[i // len(right)], right[i % len(right)]
+        problem = Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}")
+        pairs.setdefault(frozenset((a, b)), problem)
     return list(pairs.values())[:count]
 
 
-def decimal_mark(path: Path, answers: list) -> str:
-    """The mark before the decimals of a sheet's answers, "" where it makes no difference. An answer
-    that can be read in one way only, as 3,5 or 1,234.50, tells how to read 1,200."""
-    found: dict[str, list[str]] = {",": [], ".": [], "either": []}
-    for text in [reference(answer) for answer in answers if not isinstance(answer, float)]:
-        comma, point = read_number(text, ","), read_number(text, ".")
-        if comma != point:
-            found["." if comma is None else "," if point is None else "either"].append(text)
-    commas, points, either = found.values()
-    if commas and points or either and not commas and not points:
-        shown = " and ".join(repr(text[:40]) for text in (commas[:1] + points[:1] or either[:2]))
-        advice = "say which mark the decimals have with --decimal , or --decimal ."
-        raise UserError(f"Numbers in {path} can be read in two ways ({shown}); {advice}")
-    has_floats = any(isinstance(answer, float) for answer in answers)
-    return "," if commas else "." if points or has_floats else ""
+def write_task(name, problems, examples, test_share, seed, data_dir, decimal="", rejected=()):
+    """Split at random and write data_dir/name; returns the sizes of train and test."""
+    problems = random.Random(seed).sample(problems, len(problems))
+    test = round(len(problems) * test_share) if 0 < test_share <= 1 else 0
+    train = len(problems) - test
+    if not test:
+        raise UserError(f"{len(problems)} usable problems: too few for --test-share {test_share}.")
+    folder = data_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    files = (
+        {} if (folder / "examples.jsonl").exists() else {"examples.jsonl": examples}
+    )  # the user's
+    files |= {"rejected.jsonl": rejected, "task.json": [{"decimal": decimal}]}
+    files["test.jsonl"] = [asdict(problem) for problem in problems[train:]]
+    files["train.jsonl"] = [asdict(problem) for problem in problems[:train]]
+    for file, rows in files.items():  # a full disk is noticed while the old files are there
+        write_jsonl(folder / f"{file}.new", rows)
+    (folder / "train.jsonl").unlink(missing_ok=True)  # comes last: where it is, all fit
+    for file in files:
+        os.replace(folder / f"{file}.new", folder / file)
+    return train, test
+
+
+def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
+    """A task that `prep` wrote; `numeric`: all answers must be numbers."""
+    folder = data_dir / name
+    if not (folder / "train.jsonl").exists():
+        raise UserError(f"There is no task {name!r} in {data_dir}; make it with: tokenrl.py prep")
+    files = folder / "task.json", folder / "examples.jsonl"
+    facts, examples = ([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
+    if not all(isinstance(row.get(key), str) for row in examples for key in ("question", "answer")):
+        raise UserError(f'{files[1]} lacks a "question" or a worked "answer" as text.')
+    task = Task([], [], examples, facts[0].get("decimal", "") if facts else "")
+    for path, problems in (folder / "train.jsonl", task.train), (folder / "test.jsonl", task.test):
+        for line, row in read_rows(path):
+            problems.append(to_problem(row))
+            if fault := fault_of(problems[-1], "number" if numeric else "", task.decimal):
+                raise UserError(f"{path} line {line}: {fault}.")
+    if not task.test:
+        raise UserError(f"{path} is empty.")
+    return task
 
 
 @app.command()
 def prep(
-    what: Annotated[str, typer.Argument(help="svamp, multiply, or a .csv, .jsonl or .json file.")],
-    source: Annotated[Path | None, typer.Option(help="svamp: SVAMP.json on this machine.")] = None,
-    digits: Annotated[str, typer.Option(help="multiply: of both (3), or of each (2x1).")] = "2",
+    what: Annotated[str, typer.Argument(help="svamp, multiply, or a CSV, JSONL or JSON file.")],
+    source: Annotated[Path | None, typer.Option(help="A copy of SVAMP.json.")] = None,
+    digits: Annotated[str, typer.Option(help="multiply: of both (3), or each (2x1).")] = "2",
     count: Annotated[int, typer.Option(help="multiply: how many problems.", min=2)] = 1000,
-    question: Annotated[str, typer.Option(help="FILE: column of the question.")] = "question",
-    answer: Annotated[str, typer.Option(help="FILE: column of the answer.")] = "answer",
-    decimal: Annotated[Literal[",", "."] | None, typer.Option(help="Mark before decimals.")] = None,
-    reward: Annotated[str, typer.Option(help="As in train; it checks answers.")] = "number",
-    name: Annotated[str, typer.Option(help="Name of the task.", show_default="the file's")] = "",
-    test_share: Annotated[float, typer.Option(help="Held out for the test; 1: all.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of the split and of multiply's problems.")] = 0,
+    question: Annotated[str, typer.Option(help="Column of the question.")] = "question",
+    answer: Annotated[str, typer.Option(help="Column of the answer.")] = "answer",
+    decimal: Annotated[Literal[",", "."] | None, typer.Option(help="The decimal mark.")] = None,
+    reward: Annotated[str, typer.Option(help="As in train.")] = "number",
+    name: Annotated[str, typer.Option(help="Of the task.", show_default="the file's")] = "",
+    test_share: Annotated[float, typer.Option(help="Of the problems; 1: all.")] = 0.3,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     data_dir: Annotated[Path, typer.Option(help="Where tasks live.", show_default="data/")] = DATA,
 ):
-    """Prepare a task: read, check and split problems into data/NAME/{train,test}.jsonl."""
-    reward_function(reward)  # a wrong one would be found only in training
+    """Prepare a task: check and split problems into data/NAME/{train,test}.jsonl."""
+    reward_function(reward)  # refuses a wrong one
     name = name or Path(what).stem
-    reserved = {"demo", "svamp", "multiply"} - {what}
-    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in reserved:
-        raise UserError(f"{name!r} cannot be a task's name (letters, digits, - and _); use --name.")
-    if not 0 < test_share <= 1:
-        raise UserError(f"--test-share {test_share} is not above 0 and at most 1.")
-    rejected, examples = [], STORY_EXAMPLES
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in {"demo", "svamp", "multiply"} - {what}:
+        raise UserError(f"{name!r} cannot be the name of a task; use --name.")
+    examples, rejected = STORY_EXAMPLES, []
     if what == "svamp":
         problems = svamp_problems(source)
     elif what == "multiply":
         problems, examples = multiply_problems(digits, count, seed), MULTIPLY_EXAMPLES
-    elif Path(what).suffix.lower() in (".csv", ".json", ".jsonl"):
+    else:
         columns = question, answer
         problems, rejected, decimal = file_problems(Path(what), *columns, reward, decimal)
-    else:
-        raise UserError(f"{what} is neither svamp nor multiply nor a .csv, .json or .jsonl file.")
-    for record in rejected[:10]:
-        shown = repr(record["row"].get(answer) or record["row"].get(question))[:60]
-        shown = f"rejected line {record['line']}, {shown}: {record['reason']}"
-        console.print(shown, soft_wrap=True)
-    more = decimal or "", rejected
-    train, test = write_task(name, problems, examples, test_share, seed, data_dir, *more)
+    for row in rejected[:10]:
+        console.print(f"rejected line {row['line']}: {row['reason']}")
+    split = test_share, seed, data_dir
+    train, test = write_task(name, problems, examples, *split, decimal or "", rejected)
     counts = f"{train:,} to train, {test:,} to test, {len(rejected):,} in rejected.jsonl"
     console.print(f"{data_dir / name}: {counts}", soft_wrap=True)
-    options = [] if reward == "number" else ["--reward", reward]
-    options += [] if data_dir == DATA else ["--data-dir", data_dir.as_posix()]
-    command = ["python", "tokenrl.py", "train" if train else "eval", name, *options]
-    console.print("Next:", shlex.join(command), soft_wrap=True)
+    words = ["python", "tokenrl.py", "train" if train else "eval", name]
+    words += [] if reward == "number" else ["--reward", reward]
+    words += [] if data_dir == DATA else ["--data-dir", data_dir.as_posix()]
+    console.print("Next:", shlex.join(words), soft_wrap=True)
 
 
 def fetch_model(name: str) -> str:
@@ -2290,9 +2192,11 @@ def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
     if bundled and not (DATA / "demo").is_dir():
         raise UserError(f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
     demo = settings.task == "svamp" and bundled  # it has never seen the words of the real SVAMP
-    if settings.task == "svamp" and not demo and not (folder / "svamp").is_dir():
-        console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
-        write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, folder)
+    pick_device(settings.device)  # which also tells how many processes there are
+    with accelerate.PartialState().main_process_first():
+        if settings.task == "svamp" and not demo and not (folder / "svamp").is_dir():
+            console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
+            write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, folder)
     name_and_place = ("demo", DATA) if demo else (settings.task, folder)
     task = load_task(*name_and_place, numeric=settings.reward == "number")
     score = reward_function(settings.reward, task.decimal)

@@ -57,13 +57,13 @@ def record(i, correct, kind="", **changed):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_live_table_fits_80_columns(screen, terminal):
     console = screen(80, terminal)
-    with tokenrl.live_table(3) as show:
+    with tokenrl.live_table(3, "memory") as show:
         show(metrics(1))
         show(metrics(2, skipped=True, reward=math.nan, peak_memory=75.2 * GIB, signal=1.0))
         show(metrics(3, validation=1.0, tokens_trained=2000, rollout_s=123.456, reward=-0.5))
     lines = [line.rstrip() for line in console.text().splitlines()]
     [head] = [line for line in lines if line.startswith("step reward")]
-    for name in ("signal", "entropy", "length", "trained", "rollout_s", "memory", "validation"):
+    for name in ("signal", "entropy", "length", "trained", "seconds", "memory", "validation"):
         assert name in head.split()
     rows = [line for line in lines if re.match(r" +!?\d ", line)]
     assert len(rows) == 3 and max(map(len, [head, *rows])) <= 79
@@ -78,21 +78,21 @@ def test_live_table_fits_80_columns(screen, terminal):
 
 def test_live_table_has_the_numbers_of_the_row(screen):
     console = screen()
-    with tokenrl.live_table(3) as show:
+    with tokenrl.live_table(3, "memory") as show:
         show(metrics(12))
     head, row = console.text().splitlines()
     shown = dict(zip(head.split(), row.split()))
     assert shown.pop("memory") == "0.44G" and shown.pop("trained") == "15.0%"
     assert shown.pop("signal") == "75%"
     numbers = {"step": 12, "reward": 0.5, "entropy": 0.412, "length": 31}
-    numbers |= {"rollout_s": 1.5, "update_s": 0.5}
+    numbers |= {"kl": 0.0004, "seconds": 2.0}
     assert {name: float(value) for name, value in shown.items()} == numbers
 
 
 def test_a_skipped_step_is_red(screen):
     console = screen(terminal=True)
     console._color_system = Console(force_terminal=True, color_system="standard")._color_system
-    with tokenrl.live_table(3) as show:
+    with tokenrl.live_table(3, "memory") as show:
         show(metrics(1))
         show(metrics(2, skipped=True))
     raw = console.file.getvalue()
@@ -102,7 +102,7 @@ def test_a_skipped_step_is_red(screen):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_note_stands_below_its_step_and_the_titles_again_below_it(screen, terminal):
     console = screen(80, terminal)
-    with tokenrl.live_table(3) as show:
+    with tokenrl.live_table(3, "memory") as show:
         show(metrics(1), tokenrl.completion_note(PROBLEM, "first", 1))
         show(metrics(2))
         show(metrics(3), tokenrl.completion_note(PROBLEM, "last", 0))
@@ -129,7 +129,7 @@ def test_long_completions_are_cut(screen, text):
 
 def test_training_summary():
     rows = [metrics(1), metrics(2, peak_memory=3 * GIB, rollout_s=57.5)]
-    text = tokenrl.training_summary(rows)
+    text = tokenrl.training_summary(rows, "memory")
     for part in ("2 steps", "1.0 min", "4,000", "600", "15.0%", "3.00 GiB"):
         assert part in text
 
