@@ -14,6 +14,7 @@ question, write down a thought ("Mila has fewer.") and then compute; 15 % from p
 with a slip of the pen. So the model's most likely answer is often the hasty one, while the thoughtful one comes by
 sampling: a policy that reinforcement learning can improve. During RL it is told only right or wrong.
 """
+
 import argparse
 import json
 import os
@@ -23,115 +24,220 @@ import zlib
 from pathlib import Path
 
 NAMES = "Ada Ben Cleo Dan Ella Finn Gita Hugo Ines Jack Kofi Lena Milo Nora Omar Pia Ravi Sara Tom Uma".split()
-OBJECTS = ("apples balls beads books buttons cards coins cookies cups dolls eggs flowers hats kites marbles nuts "
-           "pears pens plums rings shells stamps stickers stones").split()
-BOXES = [("bag", "bags"), ("basket", "baskets"), ("box", "boxes"), ("jar", "jars"), ("shelf", "shelves"),
-         ("tray", "trays"), ("table", "tables"), ("drawer", "drawers")]
+OBJECTS = (
+    "apples balls beads books buttons cards coins cookies cups dolls eggs flowers hats kites marbles nuts "
+    "pears pens plums rings shells stamps stickers stones"
+).split()
+BOXES = [
+    ("bag", "bags"),
+    ("basket", "baskets"),
+    ("box", "boxes"),
+    ("jar", "jars"),
+    ("shelf", "shelves"),
+    ("tray", "trays"),
+    ("table", "tables"),
+    ("drawer", "drawers"),
+]
 
 # kind, how often, type, operation, a reader's thought, stories, questions. {a} {b} decide; {d} is a number that does
 # not matter; {N} {M} people; {o} {p} things; {c} one container, {cs} several.
 SCHEMAS = [
-    ("gain", 3, "Addition", "+", "It is more now.", [
-        "{N} had {a} {o}. Then {N} found {b} more {o}.",
-        "{N} had {a} {o}. A friend gave {N} {b} {o}.",
-        "There were {a} {o} on the table. {N} put {b} {o} beside them.",
-        "{N} picked {a} {o} in the morning and {b} {o} in the evening.",
-        "{N} bought {a} {o} on Monday and {b} {o} on Friday.",
-        "{N} owns {a} {o} and gets {b} {o} from {M}."], [
-        "How many {o} are there now?",
-        "How many {o} is that altogether?",
-        "What is the number of {o} in the end?",
-        "How many {o} is that in total?"]),
-    ("lose", 3, "Subtraction", "-", "Some are gone.", [
-        "{N} had {a} {o}. {N} gave {b} {o} to {M}.",
-        "{N} had {a} {o}. Then {N} lost {b} {o}.",
-        "There were {a} {o} in the {c}. {N} took {b} {o} out.",
-        "{N} brought {a} {o} to the market and sold {b} {o}.",
-        "{N} picked {a} {o}. {M} used {b} {o} for a game.",
-        "A shop had {a} {o}. {N} bought {b} {o} there."], [
-        "How many {o} are left?",
-        "How many {o} remain?",
-        "What is the number of {o} in the end?",
-        "How many {o} are there now?"]),
-    ("compare", 1, "Subtraction", "-", "How far apart?", [
-        "{N} has {a} {o}. {M} has {b} {o}.",
-        "{N} found {a} {o} and {M} found {b} {o}.",
-        "There are {a} {o} at home and {b} {o} at school.",
-        "In May {N} made {a} {o}. In June {N} made {b} {o}.",
-        "{N} bought {a} {o} while {M} bought {b} {o}.",
-        "One {c} holds {a} {o}. The other {c} holds {b} {o}."], [
-        "How many more {o} is the first number than the second?",
-        "How many {o} more is the first than the second?",
-        "By how many {o} is the first more than the second?",
-        "How many more {o} are in the first group?"]),
-    ("inverse", 1, "Subtraction", "-", "{M} has fewer.", [
-        "{N} has {a} {o}. That is {b} more than {M} has.",
-        "{N} found {a} {o}, {b} more than {M} found.",
-        "With {a} {o}, {N} has {b} {o} more than {M}.",
-        "{N} made {a} {o}. This was {b} more than {M} made.",
-        "{N} sold {a} {o}, which is {b} more than {M} sold.",
-        "{N} carries {a} {o}. {N} carries {b} more than {M}."], [
-        "How many {o} belong to {M}?",
-        "What is the number of {o} for {M}?",
-        "How many {o} does that make for {M}?",
-        "How many {o} come from {M}?"]),
-    ("fewer", 1, "Addition", "+", "{M} has more.", [
-        "{N} has {a} {o}. That is {b} fewer than {M} has.",
-        "{N} found {a} {o}, {b} fewer than {M} found.",
-        "With {a} {o}, {N} has {b} {o} fewer than {M}.",
-        "{N} made {a} {o}. This was {b} fewer than {M} made.",
-        "{N} sold {a} {o}, which is {b} fewer than {M} sold.",
-        "{N} carries {a} {o}. {N} carries {b} fewer than {M}."], [
-        "How many {o} belong to {M}?",
-        "What is the number of {o} for {M}?",
-        "How many {o} does that make for {M}?",
-        "How many {o} come from {M}?"]),
-    ("start", 1, "Addition", "+", "Before, it was more.", [
-        "{N} gave {b} {o} to {M} and has {a} {o} left.",
-        "After {N} lost {b} {o} there were {a} {o} left.",
-        "{N} sold {b} {o}. Now {a} {o} are left.",
-        "{N} ate {b} of the {o}. Only {a} {o} are left.",
-        "{M} took {b} {o} from {N}, who has {a} left.",
-        "{N} used {b} {o} for a game and {a} {o} are left."], [
-        "How many {o} were there at first?",
-        "How many {o} did {N} have in the beginning?",
-        "What was the number of {o} before that?",
-        "With how many {o} did {N} start?"]),
-    ("distract", 1, "Subtraction", "-", "Only the {o} count.", [
-        "{N} had {a} {o} and {d} {p}. {N} gave {b} {o} away.",
-        "There were {d} {p} and {a} {o} in the {c}. {N} ate {b} {o}.",
-        "{N} bought {a} {o} and {d} {p}. Then {M} took {b} {o}.",
-        "{N} had {d} {p}. {N} also had {a} {o} but lost {b} {o}.",
-        "A shop had {a} {o} and {d} {p}. It sold {b} of the {o}.",
-        "{N} keeps {d} {p} and {a} {o}. {M} borrows {b} {o}."], [
-        "How many {o} are left?",
-        "How many {o} remain?",
-        "What is the number of {o} in the end?",
-        "How many {o} are there now?"]),
-    ("groups", 3, "Multiplication", "*", "Equal groups.", [
-        "{N} has {s} {cs} with {t} {o} in each {c}.",
-        "There are {s} {cs}. In each {c} there are {t} {o}.",
-        "{N} fills {s} {cs} and puts {t} {o} into each {c}.",
-        "Each {c} holds {t} {o}. {N} has {s} {cs}.",
-        "A shop has {s} {cs}, and each {c} has {t} {o}.",
-        "{N} packs {t} {o} into each of {s} {cs}."], [
-        "How many {o} is that altogether?",
-        "How many {o} is that in total?",
-        "How many {o} are there?",
-        "What is the number of all {o}?"]),
-    ("share", 2, "Division", "/", "Equal parts.", [
-        "{N} puts {n} {o} into {s} {cs} with the same number in each {c}.",
-        "There are {n} {o} in {s} {cs}, and all {cs} are the same.",
-        "{N} has {n} {o} and {s} {cs} to fill equally.",
-        "{N} shares {n} {o} equally among {s} {cs}.",
-        "{s} {cs} hold {n} {o}, the same number in each {c}.",
-        "{N} packed {n} {o} into {s} equal {cs}."], [
-        "How many {o} are in each {c}?",
-        "How many {o} go into one {c}?",
-        "What is the number of {o} in each {c}?",
-        "How many {o} does each {c} hold?"]),
+    (
+        "gain",
+        3,
+        "Addition",
+        "+",
+        "It is more now.",
+        [
+            "{N} had {a} {o}. Then {N} found {b} more {o}.",
+            "{N} had {a} {o}. A friend gave {N} {b} {o}.",
+            "There were {a} {o} on the table. {N} put {b} {o} beside them.",
+            "{N} picked {a} {o} in the morning and {b} {o} in the evening.",
+            "{N} bought {a} {o} on Monday and {b} {o} on Friday.",
+            "{N} owns {a} {o} and gets {b} {o} from {M}.",
+        ],
+        [
+            "How many {o} are there now?",
+            "How many {o} is that altogether?",
+            "What is the number of {o} in the end?",
+            "How many {o} is that in total?",
+        ],
+    ),
+    (
+        "lose",
+        3,
+        "Subtraction",
+        "-",
+        "Some are gone.",
+        [
+            "{N} had {a} {o}. {N} gave {b} {o} to {M}.",
+            "{N} had {a} {o}. Then {N} lost {b} {o}.",
+            "There were {a} {o} in the {c}. {N} took {b} {o} out.",
+            "{N} brought {a} {o} to the market and sold {b} {o}.",
+            "{N} picked {a} {o}. {M} used {b} {o} for a game.",
+            "A shop had {a} {o}. {N} bought {b} {o} there.",
+        ],
+        [
+            "How many {o} are left?",
+            "How many {o} remain?",
+            "What is the number of {o} in the end?",
+            "How many {o} are there now?",
+        ],
+    ),
+    (
+        "compare",
+        1,
+        "Subtraction",
+        "-",
+        "How far apart?",
+        [
+            "{N} has {a} {o}. {M} has {b} {o}.",
+            "{N} found {a} {o} and {M} found {b} {o}.",
+            "There are {a} {o} at home and {b} {o} at school.",
+            "In May {N} made {a} {o}. In June {N} made {b} {o}.",
+            "{N} bought {a} {o} while {M} bought {b} {o}.",
+            "One {c} holds {a} {o}. The other {c} holds {b} {o}.",
+        ],
+        [
+            "How many more {o} is the first number than the second?",
+            "How many {o} more is the first than the second?",
+            "By how many {o} is the first more than the second?",
+            "How many more {o} are in the first group?",
+        ],
+    ),
+    (
+        "inverse",
+        1,
+        "Subtraction",
+        "-",
+        "{M} has fewer.",
+        [
+            "{N} has {a} {o}. That is {b} more than {M} has.",
+            "{N} found {a} {o}, {b} more than {M} found.",
+            "With {a} {o}, {N} has {b} {o} more than {M}.",
+            "{N} made {a} {o}. This was {b} more than {M} made.",
+            "{N} sold {a} {o}, which is {b} more than {M} sold.",
+            "{N} carries {a} {o}. {N} carries {b} more than {M}.",
+        ],
+        [
+            "How many {o} belong to {M}?",
+            "What is the number of {o} for {M}?",
+            "How many {o} does that make for {M}?",
+            "How many {o} come from {M}?",
+        ],
+    ),
+    (
+        "fewer",
+        1,
+        "Addition",
+        "+",
+        "{M} has more.",
+        [
+            "{N} has {a} {o}. That is {b} fewer than {M} has.",
+            "{N} found {a} {o}, {b} fewer than {M} found.",
+            "With {a} {o}, {N} has {b} {o} fewer than {M}.",
+            "{N} made {a} {o}. This was {b} fewer than {M} made.",
+            "{N} sold {a} {o}, which is {b} fewer than {M} sold.",
+            "{N} carries {a} {o}. {N} carries {b} fewer than {M}.",
+        ],
+        [
+            "How many {o} belong to {M}?",
+            "What is the number of {o} for {M}?",
+            "How many {o} does that make for {M}?",
+            "How many {o} come from {M}?",
+        ],
+    ),
+    (
+        "start",
+        1,
+        "Addition",
+        "+",
+        "Before, it was more.",
+        [
+            "{N} gave {b} {o} to {M} and has {a} {o} left.",
+            "After {N} lost {b} {o} there were {a} {o} left.",
+            "{N} sold {b} {o}. Now {a} {o} are left.",
+            "{N} ate {b} of the {o}. Only {a} {o} are left.",
+            "{M} took {b} {o} from {N}, who has {a} left.",
+            "{N} used {b} {o} for a game and {a} {o} are left.",
+        ],
+        [
+            "How many {o} were there at first?",
+            "How many {o} did {N} have in the beginning?",
+            "What was the number of {o} before that?",
+            "With how many {o} did {N} start?",
+        ],
+    ),
+    (
+        "distract",
+        1,
+        "Subtraction",
+        "-",
+        "Only the {o} count.",
+        [
+            "{N} had {a} {o} and {d} {p}. {N} gave {b} {o} away.",
+            "There were {d} {p} and {a} {o} in the {c}. {N} ate {b} {o}.",
+            "{N} bought {a} {o} and {d} {p}. Then {M} took {b} {o}.",
+            "{N} had {d} {p}. {N} also had {a} {o} but lost {b} {o}.",
+            "A shop had {a} {o} and {d} {p}. It sold {b} of the {o}.",
+            "{N} keeps {d} {p} and {a} {o}. {M} borrows {b} {o}.",
+        ],
+        [
+            "How many {o} are left?",
+            "How many {o} remain?",
+            "What is the number of {o} in the end?",
+            "How many {o} are there now?",
+        ],
+    ),
+    (
+        "groups",
+        3,
+        "Multiplication",
+        "*",
+        "Equal groups.",
+        [
+            "{N} has {s} {cs} with {t} {o} in each {c}.",
+            "There are {s} {cs}. In each {c} there are {t} {o}.",
+            "{N} fills {s} {cs} and puts {t} {o} into each {c}.",
+            "Each {c} holds {t} {o}. {N} has {s} {cs}.",
+            "A shop has {s} {cs}, and each {c} has {t} {o}.",
+            "{N} packs {t} {o} into each of {s} {cs}.",
+        ],
+        [
+            "How many {o} is that altogether?",
+            "How many {o} is that in total?",
+            "How many {o} are there?",
+            "What is the number of all {o}?",
+        ],
+    ),
+    (
+        "share",
+        2,
+        "Division",
+        "/",
+        "Equal parts.",
+        [
+            "{N} puts {n} {o} into {s} {cs} with the same number in each {c}.",
+            "There are {n} {o} in {s} {cs}, and all {cs} are the same.",
+            "{N} has {n} {o} and {s} {cs} to fill equally.",
+            "{N} shares {n} {o} equally among {s} {cs}.",
+            "{s} {cs} hold {n} {o}, the same number in each {c}.",
+            "{N} packed {n} {o} into {s} equal {cs}.",
+        ],
+        [
+            "How many {o} are in each {c}?",
+            "How many {o} go into one {c}?",
+            "What is the number of {o} in each {c}?",
+            "How many {o} does each {c} hold?",
+        ],
+    ),
 ]
-SPLITS = ("test", "rl", "pretrain", "pretrain")  # by template; number pairs are divided in the same shares
+SPLITS = (
+    "test",
+    "rl",
+    "pretrain",
+    "pretrain",
+)  # by template; number pairs are divided in the same shares
 PUPILS = (50, 30, 15, 5)  # keyword, reader, guesser, slip; in percent
 WORDS = {"+": "Add.", "-": "Subtract.", "*": "Multiply.", "/": "Divide."}
 
@@ -158,7 +264,9 @@ def make_drill(rng: random.Random) -> tuple[str, str]:
 
 def make_problem(rng: random.Random, split: str) -> dict:
     while True:
-        kind, _, type_, op, thought, stories, questions = rng.choices(SCHEMAS, [schema[1] for schema in SCHEMAS])[0]
+        kind, _, type_, op, thought, stories, questions = rng.choices(
+            SCHEMAS, [schema[1] for schema in SCHEMAS]
+        )[0]
         i, j = rng.randrange(len(stories)), rng.randrange(len(questions))
         if SPLITS[(i + j) % 4] != split:
             continue
@@ -171,9 +279,18 @@ def make_problem(rng: random.Random, split: str) -> dict:
         if split_of(op, x, y) != split:
             continue
         (n1, n2), (o, p), (c, cs) = rng.sample(NAMES, 2), rng.sample(OBJECTS, 2), rng.choice(BOXES)
-        names = dict(a=a, b=b, d=rng.randint(2, 60), s=s, t=t, n=s * t, N=n1, M=n2, o=o, p=p, c=c, cs=cs)
-        return {"question": f"{stories[i]} {questions[j]}".format(**names), "answer": str(compute(x, op, y)),
-                "type": type_, "thought": thought.format(**names), "x": x, "op": op, "y": y}
+        names = dict(
+            a=a, b=b, d=rng.randint(2, 60), s=s, t=t, n=s * t, N=n1, M=n2, o=o, p=p, c=c, cs=cs
+        )
+        return {
+            "question": f"{stories[i]} {questions[j]}".format(**names),
+            "answer": str(compute(x, op, y)),
+            "type": type_,
+            "thought": thought.format(**names),
+            "x": x,
+            "op": op,
+            "y": y,
+        }
 
 
 def bundled_problems(rng: random.Random) -> dict[str, list[dict]]:
@@ -191,9 +308,20 @@ def bundled_problems(rng: random.Random) -> dict[str, list[dict]]:
 def keyword_pupil(text: str) -> tuple[int, str, int]:
     """The operation that the keywords suggest, on the first two numbers."""
     x, y = [int(n) for n in re.findall(r"\d+", text)][:2]
-    keywords = {"-": "left remain fewer lost sold took", "+": "more altogether total",
-                "/": "equally share", "*": "each"}
-    op = next((op for op, words in keywords.items() if re.search(rf"\b({words.replace(' ', '|')})", text)), "+")
+    keywords = {
+        "-": "left remain fewer lost sold took",
+        "+": "more altogether total",
+        "/": "equally share",
+        "*": "each",
+    }
+    op = next(
+        (
+            op
+            for op, words in keywords.items()
+            if re.search(rf"\b({words.replace(' ', '|')})", text)
+        ),
+        "+",
+    )
     if op in "-/" and x < y:
         x, y = y, x
     return (x, op, y) if compute(x, op, y) is not None else (x, "+", y)
@@ -221,14 +349,25 @@ def in_writing(opening: str, x: int, op: str, y: int, result: int) -> str:
 def make_tokenizer(texts: list[str]):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=["<|pad|>", "<|end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=["<|pad|>", "<|end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
 
 
 def batch(rng, tokenizer, prompt, size, torch):
@@ -250,18 +389,33 @@ def batch(rng, tokenizer, prompt, size, torch):
 def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10000.0,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=steps, pct_start=0.1
+    )
     rng = random.Random(seed)
     for step in range(steps):
         ids, labels = batch(rng, tokenizer, prompt, size, torch)
-        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        loss = model(
+            input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -273,7 +427,9 @@ def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--steps", type=int, default=2500, help="pretraining steps")
     options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
     options.add_argument("--seed", type=int, default=0)
@@ -283,16 +439,23 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     rng, prompt = random.Random(args.seed), "Question: {question}\nAnswer:"
     for name, problems in bundled_problems(rng).items():
-        lines = [json.dumps({key: p[key] for key in ("question", "answer", "type")}) + "\n" for p in problems]
+        lines = [
+            json.dumps({key: p[key] for key in ("question", "answer", "type")}) + "\n"
+            for p in problems
+        ]
         (args.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     (args.output / "prompt.txt").write_text(prompt, encoding="utf-8")
-    texts = [prompt.format(question=p["question"]) + " " + written_answer(rng, p)
-             for p in (make_problem(rng, "pretrain") for _ in range(5000))]
+    texts = [
+        prompt.format(question=p["question"]) + " " + written_answer(rng, p)
+        for p in (make_problem(rng, "pretrain") for _ in range(5000))
+    ]
     tokenizer = make_tokenizer(texts)
     model = pretrain(tokenizer, prompt, args.steps, args.batch, args.seed)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    print(f"wrote {args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    print(
+        f"wrote {args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ Every measurement is a fresh process, so that no engine's memory or caches touch
 Three tables: update, memory, rollout and whole step, with ratios; growth with group, completion and prompt length; and
 how far each is from what the machine's own matrix rate and memory bandwidth allow, and torch's kernels by themselves.
 """
+
 import contextlib
 import gc
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import platform
@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -38,14 +37,15 @@ import tokenrl  # noqa: E402
 
 METHODS = ("grpo", "s-grpo", "t-spmo")
 TRL = {"trl": "TRL", "trl-tuned": "TRL*"}  # its defaults; and faster than them, see run_trl
-ENGINES = (*TRL, *METHODS, "t-spmo --checkpointing")  # the last: what its memory can come down to, and for what time
+ENGINES = (*TRL, *METHODS)
 LIMIT = 400  # seconds for one measurement, its loading included
 GROWTH_LIMIT = 150  # the same where cases grow and are measured once
-GIB = 2 ** 30
+GIB = 2**30
 console = Console(highlight=False)
 
 
 # In the child: one measurement, printed as one line of JSON
+
 
 class Meter:
     """Seconds, and peak memory above what was held at the start, which is the weights and the adapter."""
@@ -62,7 +62,9 @@ class Meter:
         if self.device.startswith("cuda"):
             return tokenrl.torch.cuda.memory_allocated()
         with contextlib.suppress(OSError):
-            return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+            return (
+                int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+            )
         return 0
 
     def start(self) -> None:
@@ -73,20 +75,25 @@ class Meter:
 
     def stop(self) -> dict:
         seconds = self.now() - self.started
-        return {"update_s": seconds, "held": self.before, "peak": tokenrl.peak_memory(self.device) - self.before}
+        return {
+            "update_s": seconds,
+            "held": self.before,
+            "peak": tokenrl.peak_memory(self.device) - self.before,
+        }
 
 
 def child(job: dict) -> dict:
-    with contextlib.suppress(OSError):  # if memory runs out, the system is to end this process and no other
+    with contextlib.suppress(
+        OSError
+    ):  # if memory runs out, the system is to end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
-    defaults = {name: p.default for name, p in inspect.signature(tokenrl.train_command).parameters.items()}
-    settings = SimpleNamespace(**defaults | {"data_dir": Path(job["data_dir"])} | {
-        key: job[key] for key in ("model", "task", "dtype")})
-    settings.method, _, checkpointing = job["engine"].partition(" ")
-    policy, problems, _ = tokenrl.find_policy(settings)
+    asked = {key: job[key] for key in ("model", "task", "dtype")}
+    method = job["engine"] if job["engine"] in METHODS else "grpo"
+    settings = tokenrl.Settings(**asked, method=method, data_dir=Path(job["data_dir"]))
+    policy, task = tokenrl.find_policy(settings)
+    problems = task.train
     tokenrl.torch.manual_seed(0)
-    policy.model = tokenrl.add_lora(policy.model, settings.lora_rank, settings.lora_alpha, settings.lora_targets,
-                                    settings.lora_layers, bool(checkpointing))
+    policy.model = tokenrl.trainable_model(policy, settings, set())
     if "gradient" in job:  # at its start, LoRA's B is zero, and with it the gradient of A
         with tokenrl.torch.no_grad():
             for name, parameter in policy.model.named_parameters():
@@ -109,16 +116,31 @@ def sample_all(job: dict, policy, problems: list) -> dict:
     never: set[int] = set()  # no end tokens: completions of exactly the length wanted
 
     def draw(prompts, size, length, ends=None):
-        return tokenrl.sample(policy.model, policy.tokenizer, prompts, size, max_new_tokens=length, ends=ends,
-                              rows=len(prompts) * size)
+        return tokenrl.sample(
+            policy.model,
+            policy.tokenizer,
+            prompts,
+            size,
+            max_new_tokens=length,
+            ends=ends,
+            rows=len(prompts) * size,
+        )
 
     def group(prompt, completions, rewards=()):  # every group must have signal
-        rewards = rewards if len(set(rewards)) > 1 else [float(i % 2 == 0) for i in range(len(completions))]
+        rewards = (
+            rewards
+            if len(set(rewards)) > 1
+            else [float(i % 2 == 0) for i in range(len(completions))]
+        )
         return {"prompt": prompt, "completions": completions, "rewards": rewards}
 
     sampled = draw(prompts, job["group_size"], job["max_new_tokens"])
-    cases = {"main": [group(prompt, completions, [policy.reward(problem, c) for c in completions])
-                      for problem, prompt, completions in zip(asked, prompts, sampled)]}
+    cases = {
+        "main": [
+            group(prompt, completions, [policy.reward(problem, c) for c in completions])
+            for problem, prompt, completions in zip(asked, prompts, sampled)
+        ]
+    }
     cases["gradient"] = [group(prompts[0], [completion[:64] for completion in sampled[0][:4]])]
     if job["growth"]:
         real = prompts[0]
@@ -130,42 +152,65 @@ def sample_all(job: dict, policy, problems: list) -> dict:
             prompt = (real * (length // len(real) + 1))[:length]
             cases[f"prompt {length}, 8 x 64"] = [group(prompt, draw([prompt], 8, 64, never)[0])]
     Path(job["file"]).write_text(json.dumps(cases))
-    return {"cases": list(cases), "prompt_lengths": [len(prompt) for prompt in prompts],
-            "lengths": [len(completion) for completions in sampled for completion in completions]}
+    return {
+        "cases": list(cases),
+        "prompt_lengths": [len(prompt) for prompt in prompts],
+        "lengths": [len(completion) for completions in sampled for completion in completions],
+    }
 
 
 def rollout_result(seconds: float, groups: list[dict], completions: list[list[int]]) -> dict:
     """`prompt_tokens`: those that must be computed, shared beginnings once."""
-    return {"rollout_s": seconds, "lengths": [len(completion) for completion in completions],
-            "prompt_tokens": len(tokenrl.Trie([group["prompt"] for group in groups]).tokens)}
+    return {
+        "rollout_s": seconds,
+        "lengths": [len(completion) for completion in completions],
+        "prompt_tokens": len(tokenrl.Trie([group["prompt"] for group in groups]).tokens),
+    }
 
 
 def run_tokenrl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -> dict:
-    meter, optimizer = Meter(str(tokenrl.base_of(policy.model).device)), tokenrl.new_optimizer(policy.model)
-    packs, pack = [], tokenrl.pack
+    meter, optimizer = (
+        Meter(str(tokenrl.base_of(policy.model).device)),
+        tokenrl.new_optimizer(policy.model),
+    )
+    packs, pack, method = [], tokenrl.pack, tokenrl.credit_function(settings)
 
-    def counting_pack(prompt, trie, nodes):  # what the update really computes: tokens, and rows of logits
+    def counting_pack(
+        prompt, trie, nodes
+    ):  # what the update really computes: tokens, and rows of logits
         packed = pack(prompt, trie, nodes)
         packs.append((len(packed[0]), len({trie.parents[node] for node in nodes})))
         return packed
 
     tokenrl.pack = counting_pack
-    update = lambda groups: tokenrl.update(  # noqa: E731
-        policy, [tokenrl.Rollout(None, **group) for group in groups], optimizer, 0.0, settings,
-        random.Random(job["repeat"]))
+
+    def update(
+        groups,
+    ):  # with credit, and at a learning rate of 0, so that each repetition is alike
+        rollouts = [tokenrl.Rollout(None, **group) for group in groups]
+        credited = tokenrl.credit(rollouts, method, random.Random(job["repeat"]))
+        return tokenrl.update(policy, credited, len(rollouts), optimizer, settings)[0]
+
     update(warm)
     packs.clear()
     if "gradient" in job:
         optimizer.register_step_pre_hook(
-            lambda *_: tokenrl.torch.save(lora_gradient(policy.model), job["gradient"]))
+            lambda *_: tokenrl.torch.save(lora_gradient(policy.model), job["gradient"])
+        )
     meter.start()
     updated = update(groups)
     result = meter.stop() | {"packs": packs, "tokens_trained": updated["tokens_trained"]}
     if job["rollout"]:
         prompts, size = [group["prompt"] for group in groups], len(groups[0]["completions"])
         sample = lambda length: tokenrl.sample(  # noqa: E731
-            policy.model, policy.tokenizer, prompts, size, max_new_tokens=length, rows=len(prompts) * size,
-            seed=job["repeat"])
+            policy.model,
+            policy.tokenizer,
+            prompts,
+            size,
+            max_new_tokens=length,
+            rows=len(prompts) * size,
+            seed=job["repeat"],
+        )
         sample(4)
         start = meter.now()
         sampled = sample(job["max_new_tokens"])
@@ -184,7 +229,9 @@ def kernels_alone(model, result: dict, meter: Meter) -> dict:
     for layer in base.get_decoder().layers:
         weights = [p for p in layer.parameters() if p.dim() == 2 and not p.requires_grad]
         forward += weights
-        trained.append(bool(backward) or any(p.requires_grad for p in layer.parameters()))  # from the first with LoRA
+        trained.append(
+            bool(backward) or any(p.requires_grad for p in layer.parameters())
+        )  # from the first with LoRA
         backward += [weight.T for weight in weights if trained[-1]]
 
     def multiply(weights: list, rows: int) -> None:
@@ -223,14 +270,17 @@ def kernels_alone(model, result: dict, meter: Meter) -> dict:
         return meter.now() - start
 
     with torch.no_grad():
-        return {f"{work.__name__}_kernels_s": min(seconds(work) for _ in range(3))
-                for work in ([update, rollout] if "lengths" in result else [update])}
+        return {
+            f"{work.__name__}_kernels_s": min(seconds(work) for _ in range(3))
+            for work in ([update, rollout] if "lengths" in result else [update])
+        }
 
 
 def lora_gradient(model):
     """All trainable gradients as one vector."""
-    return tokenrl.torch.cat([p.grad.flatten().double() for _, p in sorted(model.named_parameters())
-                              if p.requires_grad])
+    return tokenrl.torch.cat(
+        [p.grad.flatten().double() for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    )
 
 
 def trl_inputs(groups: list[dict], pad: int, device) -> dict:
@@ -246,9 +296,11 @@ def trl_inputs(groups: list[dict], pad: int, device) -> dict:
         "prompt_mask": [[0] * (wide - len(ids)) + [1] * len(ids) for ids in prompts],
         "completion_ids": [ids + [pad] * (long - len(ids)) for ids in completions],
         "completion_mask": [[1] * len(ids) + [0] * (long - len(ids)) for ids in completions],
-        "num_items_in_batch": sum(map(len, completions))}
+        "num_items_in_batch": sum(map(len, completions)),
+    }
     return {key: torch.tensor(value).to(device) for key, value in inputs.items()} | {
-        "advantages": advantages.flatten().to(device)}
+        "advantages": advantages.flatten().to(device)
+    }
 
 
 def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -> dict:
@@ -263,19 +315,33 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
     """
     import datasets
     import trl
-    torch, base, meter = tokenrl.torch, tokenrl.base_of(policy.model), Meter(str(tokenrl.base_of(policy.model).device))
-    prompts, size = [group["prompt"] for group in groups for _ in group["completions"]], len(groups[0]["completions"])
+
+    torch, base, meter = (
+        tokenrl.torch,
+        tokenrl.base_of(policy.model),
+        Meter(str(tokenrl.base_of(policy.model).device)),
+    )
+    prompts, size = (
+        [group["prompt"] for group in groups for _ in group["completions"]],
+        len(groups[0]["completions"]),
+    )
     # Nothing of the checkpoint's own sampling settings (top_k, penalties, ...) may slip in; it ends where tokenrl ends.
     base.generation_config = tokenrl.transformers.GenerationConfig(
-        eos_token_id=sorted(tokenrl.end_tokens(policy.model, policy.tokenizer)))
+        eos_token_id=sorted(tokenrl.end_tokens(policy.model, policy.tokenizer))
+    )
     if job["engine"] == "trl-tuned":
-        trl.trainer.utils._use_triton = lambda device: True  # the LM head's choice of rows; its kernels ask elsewhere
+        trl.trainer.utils._use_triton = lambda device: (
+            True
+        )  # the LM head's choice of rows; its kernels ask elsewhere
     result = {}
 
     class Fed(trl.GRPOTrainer):
         def _prepare_inputs(self, batch):  # in train(), where a step's rollout would be
-            inputs = trl_inputs(groups if self.state.global_step else warm, self.processing_class.pad_token_id,
-                                self.accelerator.device)
+            inputs = trl_inputs(
+                groups if self.state.global_step else warm,
+                self.processing_class.pad_token_id,
+                self.accelerator.device,
+            )
             meter.start()
             return inputs
 
@@ -293,14 +359,36 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.GRPOConfig(
-            output_dir=folder, loss_type="grpo", beta=0.0, num_iterations=1, max_steps=2, learning_rate=0.0,
-            per_device_train_batch_size=len(prompts), num_generations=size, bf16=base.dtype == torch.bfloat16,
-            gradient_checkpointing=job["engine"] == "trl", max_completion_length=job["max_new_tokens"],
-            temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_grad_norm=settings.max_grad_norm,
-            use_cpu=meter.device == "cpu", report_to="none", save_strategy="no", logging_strategy="no",
-            disable_tqdm=True)
-        trainer = Fed(policy.model, no_reward, arguments, processing_class=policy.tokenizer, callbacks=[Watch()],
-                      train_dataset=datasets.Dataset.from_dict({"prompt": ["unused"] * 2 * len(groups)}))
+            output_dir=folder,
+            loss_type="grpo",
+            beta=0.0,
+            num_iterations=1,
+            max_steps=2,
+            learning_rate=0.0,
+            per_device_train_batch_size=len(prompts),
+            num_generations=size,
+            bf16=base.dtype == torch.bfloat16,
+            gradient_checkpointing=job["engine"] == "trl",
+            max_completion_length=job["max_new_tokens"],
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_grad_norm=tokenrl.MAX_GRAD_NORM,
+            use_cpu=meter.device == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Fed(
+            policy.model,
+            no_reward,
+            arguments,
+            processing_class=policy.tokenizer,
+            callbacks=[Watch()],
+            train_dataset=datasets.Dataset.from_dict({"prompt": ["unused"] * 2 * len(groups)}),
+        )
         trainer.train()
     if job["rollout"]:
         torch.manual_seed(job["repeat"])
@@ -320,7 +408,9 @@ def machine_limit(model) -> dict:
     config, like = base.config.get_text_config(), {"dtype": base.dtype, "device": base.device}
     meter, sizes, trained = Meter(str(base.device)), [], []
     for layer in base.get_decoder().layers:
-        sizes.append(sum(p.numel() for p in layer.parameters() if p.dim() == 2 and not p.requires_grad))
+        sizes.append(
+            sum(p.numel() for p in layer.parameters() if p.dim() == 2 and not p.requires_grad)
+        )
         trained.append(any(p.requires_grad for p in layer.parameters()))
 
     def best(x, weights: list) -> float:
@@ -333,42 +423,72 @@ def machine_limit(model) -> dict:
             seconds.append(meter.now() - start)
         return min(seconds)
 
-    def rate(rows: int) -> float:  # the better of the MLP's two shapes, on weights that may stay in the cache
+    def rate(
+        rows: int,
+    ) -> float:  # the better of the MLP's two shapes, on weights that may stay in the cache
         many, shape = max(1, 1024 // rows), (config.intermediate_size, config.hidden_size)
-        return max(2 * rows * out * into * many / best(torch.randn(rows, into, **like),
-                                                       [torch.randn(out, into, **like)] * many)
-                   for out, into in (shape, shape[::-1]))
+        return max(
+            2
+            * rows
+            * out
+            * into
+            * many
+            / best(torch.randn(rows, into, **like), [torch.randn(out, into, **like)] * many)
+            for out, into in (shape, shape[::-1])
+        )
 
     with torch.inference_mode():
         rates = {rows: rate(rows) for rows in (1, 8, 16, 32, 64, 1024)}
         bandwidth = 0.0  # 512 MiB of weights are beyond any cache; a CPU may read one dtype faster than another
         for dtype in {base.dtype, torch.float32}:
-            weights = [torch.ones(2 ** 24 // dtype.itemsize, 4, dtype=dtype, device=base.device).view(4096, -1)
-                       for _ in range(8)]
-            seconds = best(torch.ones(1, weights[0].shape[1], dtype=dtype, device=base.device), weights)
-            bandwidth = max(bandwidth, 2 ** 29 / seconds)
+            weights = [
+                torch.ones(2**24 // dtype.itemsize, 4, dtype=dtype, device=base.device).view(
+                    4096, -1
+                )
+                for _ in range(8)
+            ]
+            seconds = best(
+                torch.ones(1, weights[0].shape[1], dtype=dtype, device=base.device), weights
+            )
+            bandwidth = max(bandwidth, 2**29 / seconds)
     name = platform.processor()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
-    return {"rates": rates, "bandwidth": bandwidth, "layers": sum(sizes), "upper": sum(sizes[trained.index(True):]),
-            "head": config.vocab_size * config.hidden_size, "bytes": base.dtype.itemsize, "dtype": str(base.dtype)[6:],
-            "device": torch.cuda.get_device_name() if meter.device.startswith("cuda") else f"CPU, {name}",
-            "threads": torch.get_num_threads()}
+    return {
+        "rates": rates,
+        "bandwidth": bandwidth,
+        "layers": sum(sizes),
+        "upper": sum(sizes[trained.index(True) :]),
+        "head": config.vocab_size * config.hidden_size,
+        "bytes": base.dtype.itemsize,
+        "dtype": str(base.dtype)[6:],
+        "device": torch.cuda.get_device_name()
+        if meter.device.startswith("cuda")
+        else f"CPU, {name}",
+        "threads": torch.get_num_threads(),
+    }
 
 
 # In the parent: run the children, compare, show
 
+
 def measure(job: dict, limit: float = LIMIT) -> dict:
     """What the child printed, or {"failed": why} where memory or time ran out. Any other error ends the benchmark."""
     try:
-        done = subprocess.run([sys.executable, __file__, "child"], input=json.dumps(job), capture_output=True,
-                              text=True, timeout=limit)
+        done = subprocess.run(
+            [sys.executable, __file__, "child"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"over {limit} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode in (-9, 137) or re.search("out of memory|n.t allocate memory|not enough memory|MemoryError",
-                                                 done.stderr):
+    if done.returncode in (-9, 137) or re.search(
+        "out of memory|n.t allocate memory|not enough memory|MemoryError", done.stderr
+    ):
         return {"failed": "out of memory"}
     console.print(f"{job['engine']}, {job['case']}: failed.\n{done.stderr[-3000:]}", markup=False)
     raise typer.Exit(1)
@@ -379,28 +499,44 @@ def update_bound(result: dict, limit: dict) -> float:
     through those from the first with LoRA on, logits there and back. Left out, as it is small: attention scores, LoRA
     itself, everything element by element."""
     tokens, rows = (sum(column) for column in zip(*result["packs"]))
-    return (tokens * 2 * (limit["layers"] + limit["upper"]) + rows * 4 * limit["head"]) / limit["rates"]["1024"]
+    return (tokens * 2 * (limit["layers"] + limit["upper"]) + rows * 4 * limit["head"]) / limit[
+        "rates"
+    ]["1024"]
 
 
 def decoded_rows(result: dict) -> list[int]:
     """How many completions are still going, for each position after the first."""
-    return [sum(length > position for length in result["lengths"]) for position in range(1, max(result["lengths"]))]
+    return [
+        sum(length > position for length in result["lengths"])
+        for position in range(1, max(result["lengths"]))
+    ]
 
 
 def rollout_bound(result: dict, limit: dict) -> float:
     """Prompts at the best rate; then for each decoded position either reading all weights or multiplying them by the
     rows that are still going, whichever takes longer. Left out: the cache of keys and values, the sampling itself."""
-    weights, seconds = limit["layers"] + limit["head"], result["prompt_tokens"] * 2 * limit["layers"]
+    weights, seconds = (
+        limit["layers"] + limit["head"],
+        result["prompt_tokens"] * 2 * limit["layers"],
+    )
     seconds /= limit["rates"]["1024"]
     for rows in decoded_rows(result):
-        rate = next(limit["rates"][size] for size in sorted(limit["rates"], key=int) if int(size) >= min(rows, 1024))
+        rate = next(
+            limit["rates"][size]
+            for size in sorted(limit["rates"], key=int)
+            if int(size) >= min(rows, 1024)
+        )
         seconds += max(weights * limit["bytes"] / limit["bandwidth"], rows * 2 * weights / rate)
     return seconds
 
 
-QUANTITIES = {"update s": lambda r: r["update_s"], "update GiB": lambda r: r["peak"] / GIB,
-              "rollout s": lambda r: r["rollout_s"], "tokens/s": lambda r: sum(r["lengths"]) / r["rollout_s"],
-              "step s": lambda r: r["rollout_s"] + r["update_s"]}
+QUANTITIES = {
+    "update s": lambda r: r["update_s"],
+    "update GiB": lambda r: r["peak"] / GIB,
+    "rollout s": lambda r: r["rollout_s"],
+    "tokens/s": lambda r: sum(r["lengths"]) / r["rollout_s"],
+    "step s": lambda r: r["rollout_s"] + r["update_s"],
+}
 
 
 def values(results: list[dict], quantity) -> list[float] | str:
@@ -416,7 +552,9 @@ def number(value: float) -> str:
 
 
 def main_table(main: dict[str, list[dict]]) -> Table:
-    table = Table("", "", title="main setting (update GiB: peak above the weights)", title_justify="left")
+    table = Table(
+        "", "", title="main setting (update GiB: peak above the weights)", title_justify="left"
+    )
     for title in (escape("median [min..max]"), *(f"{label} / this" for label in TRL.values())):
         table.add_column(title, justify="right", no_wrap=True)
     for name, quantity in QUANTITIES.items():
@@ -424,43 +562,76 @@ def main_table(main: dict[str, list[dict]]) -> Table:
         if name in ("rollout s", "tokens/s"):
             found = {"trl": found["trl"], "tokenrl": found["grpo"]}
         for engine, mine in found.items():
-            cells = [mine] if isinstance(mine, str) else [
-                f"{number(statistics.median(mine))} [{number(min(mine))}..{number(max(mine))}]"]
+            cells = (
+                [mine]
+                if isinstance(mine, str)
+                else [
+                    f"{number(statistics.median(mine))} [{number(min(mine))}..{number(max(mine))}]"
+                ]
+            )
             if engine not in TRL and not isinstance(mine, str):
-                cells += ["-" if isinstance(other := found.get(base, "-"), str) else
-                          f"{statistics.median(other) / statistics.median(mine):.2f}" for base in TRL]
-            table.add_row(name if engine == "trl" else "", TRL.get(engine, engine), *map(escape, cells),
-                          end_section=engine == list(found)[-1])
+                cells += [
+                    "-"
+                    if isinstance(other := found.get(base, "-"), str)
+                    else f"{statistics.median(other) / statistics.median(mine):.2f}"
+                    for base in TRL
+                ]
+            table.add_row(
+                name if engine == "trl" else "",
+                TRL.get(engine, engine),
+                *map(escape, cells),
+                end_section=engine == list(found)[-1],
+            )
     return table
 
 
 def growth_table(growth: dict[str, dict[str, dict]]) -> Table:
-    table = Table("", title="growth, one prompt: update s / peak GiB above the weights", title_justify="left")
+    table = Table(
+        "", title="growth, one prompt: update s / peak GiB above the weights", title_justify="left"
+    )
     for engine in growth["group 8 x 256"]:
         table.add_column(TRL.get(engine, engine), justify="right")
     for case, row in growth.items():
-        table.add_row(case, *(r.get("failed") or f"{r['update_s']:.2f} / {r['peak'] / GIB:.2f}" for r in row.values()))
+        table.add_row(
+            case,
+            *(
+                r.get("failed") or f"{r['update_s']:.2f} / {r['peak'] / GIB:.2f}"
+                for r in row.values()
+            ),
+        )
     return table
 
 
 def limit_table(main: dict[str, list[dict]], limit: dict) -> Table:
     """Fractions are medians over the repetitions; TRL's update is held against what its own method, grpo, needs.
     For the kernels alone see kernels_alone."""
-    title = (f"limit: {limit['rates']['1024'] / 1e9:,.0f} GFLOP/s at 1024 rows, {limit['bandwidth'] / 1e9:.1f} GB/s "
-             f"({limit['dtype']}, threads: {limit['threads']})")
+    title = (
+        f"limit: {limit['rates']['1024'] / 1e9:,.0f} GFLOP/s at 1024 rows, {limit['bandwidth'] / 1e9:.1f} GB/s "
+        f"({limit['dtype']}, threads: {limit['threads']})"
+    )
     table = Table("seconds", "", title=title, title_justify="left")
     for column in ("measured", "limit", "limit / measured", "kernels alone", "kernels / measured"):
         table.add_column(column, justify="right")
-    for work, bound, engines in (("update", update_bound, main), ("rollout", rollout_bound, ("trl", "grpo"))):
+    for work, bound, engines in (
+        ("update", update_bound, main),
+        ("rollout", rollout_bound, ("trl", "grpo")),
+    ):
         for engine in engines:
             needs = main["grpo" if work == "update" and engine in TRL else engine]
             measured = values(main[engine], lambda result: result[f"{work}_s"])  # noqa: B023
             cells = [measured if isinstance(measured, str) else number(statistics.median(measured))]
-            for least in (values(needs, lambda result: bound(result, limit)),  # noqa: B023
-                          values(main[engine], lambda result: result[f"{work}_kernels_s"])):  # noqa: B023
-                cells += ["-", "-"] if str in (type(least), type(measured)) else [
-                    number(statistics.median(least)),
-                    f"{statistics.median(b / m for b, m in zip(least, measured)):.0%}"]
+            for least in (
+                values(needs, lambda result: bound(result, limit)),  # noqa: B023
+                values(main[engine], lambda result: result[f"{work}_kernels_s"]),
+            ):  # noqa: B023
+                cells += (
+                    ["-", "-"]
+                    if str in (type(least), type(measured))
+                    else [
+                        number(statistics.median(least)),
+                        f"{statistics.median(b / m for b, m in zip(least, measured)):.0%}",
+                    ]
+                )
             table.add_row(work if engine == "trl" else "", TRL.get(engine, engine), *cells)
         table.add_section()
     return table
@@ -474,62 +645,138 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts a step.", min=1)] = 2,
     group_size: Annotated[int, typer.Option(help="Completions a prompt.", min=2)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.", min=2)] = 200,
-    growth: Annotated[bool, typer.Option(help="Also vary group, completion and prompt length.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Write every raw measurement to this JSON file.")] = None,
+    growth: Annotated[
+        bool, typer.Option(help="Also vary group, completion and prompt length.")
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Write every raw measurement to this JSON file.")
+    ] = None,
 ):
     """Measure tokenrl's three methods beside TRL's GRPOTrainer."""
     if not importlib.util.find_spec("trl"):
-        console.print("This benchmark compares with TRL, which is not installed here: pip install trl")
+        console.print(
+            "This benchmark compares with TRL, which is not installed here: pip install trl"
+        )
         raise typer.Exit(1)
     with tempfile.TemporaryDirectory() as folder:
-        common = {"model": str(model), "task": task, "data_dir": str(data_dir), "dtype": "auto", "case": "main",
-                  "file": f"{folder}/completions.json", "max_new_tokens": max_new_tokens, "repeat": 0, "rollout": False}
+        common = {
+            "model": str(model),
+            "task": task,
+            "data_dir": str(data_dir),
+            "dtype": "auto",
+            "case": "main",
+            "file": f"{folder}/completions.json",
+            "max_new_tokens": max_new_tokens,
+            "repeat": 0,
+            "rollout": False,
+        }
 
         def run(name: str, limit: float = LIMIT, **job) -> dict:
             result = measure(common | job, limit)
-            shown = [f"{key} {result[key]:.4g}" for key in ("update_s", "rollout_s", "cosine") if key in result]
-            console.print(f"{name}: {result.get('failed') or ', '.join(shown) or 'done'}", soft_wrap=True)
+            shown = [
+                f"{key} {result[key]:.4g}"
+                for key in ("update_s", "rollout_s", "cosine")
+                if key in result
+            ]
+            console.print(
+                f"{name}: {result.get('failed') or ', '.join(shown) or 'done'}", soft_wrap=True
+            )
             return result
 
         # Not a measurement, so it may take its time: with growth, 2 x 1,000 decoded positions.
-        sampled = run("sampling the completions", 1800, engine="sample", prompts=prompts, group_size=group_size,
-                      growth=growth)
+        sampled = run(
+            "sampling the completions",
+            1800,
+            engine="sample",
+            prompts=prompts,
+            group_size=group_size,
+            growth=growth,
+        )
         limit = run("the machine's limit", engine="limit")
         if failed := [result["failed"] for result in (sampled, limit) if "failed" in result]:
             console.print(f"Cannot go on: {failed[0]}.")
             raise typer.Exit(1)
         cosines = {}
         for dtype in dict.fromkeys((limit["dtype"], "float32")):
-            for engine in ("grpo", "trl"):  # TRL's child compares its gradient with the one that grpo's wrote
-                cosines[dtype] = run(f"gradient, {dtype}, {engine}", engine=engine, dtype=dtype, case="gradient",
-                                     gradient=f"{folder}/gradient.pt")
+            for engine in (
+                "grpo",
+                "trl",
+            ):  # TRL's child compares its gradient with the one that grpo's wrote
+                cosines[dtype] = run(
+                    f"gradient, {dtype}, {engine}",
+                    engine=engine,
+                    dtype=dtype,
+                    case="gradient",
+                    gradient=f"{folder}/gradient.pt",
+                )
         measured = {engine: [] for engine in ENGINES}
         for repeat in range(repeats):
             for engine in ENGINES:
                 first = engine in ("trl", "grpo")  # the rollout is the same program for the others
-                result = run(f"{repeat + 1}/{repeats}, {TRL.get(engine, engine)}", engine=engine, repeat=repeat,
-                             rollout=first)
+                result = run(
+                    f"{repeat + 1}/{repeats}, {TRL.get(engine, engine)}",
+                    engine=engine,
+                    repeat=repeat,
+                    rollout=first,
+                )
                 own = measured["trl" if engine in TRL else "grpo"]
-                measured[engine].append(result if first or "failed" in result else result | {
-                    key: own[repeat][key] for key in ("rollout_s", "lengths", "prompt_tokens") if key in own[repeat]})
+                measured[engine].append(
+                    result
+                    if first or "failed" in result
+                    else result
+                    | {
+                        key: own[repeat][key]
+                        for key in ("rollout_s", "lengths", "prompt_tokens")
+                        if key in own[repeat]
+                    }
+                )
         cases = [case for case in sampled["cases"] if case not in ("main", "gradient")]
-        grown = {case: {engine: run(f"{case}, {TRL.get(engine, engine)}", GROWTH_LIMIT, engine=engine, case=case)
-                        for engine in ("trl", *METHODS)} for case in cases}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
-    report = {"model": model.resolve().name, "task": task, "prompts": prompts, "group_size": group_size,
-              "max_new_tokens": max_new_tokens, "cores": os.cpu_count(), "platform": platform.platform(),
-              "python": platform.python_version(), "versions": versions,
-              "sampled": sampled, "limit": limit, "cosine": cosines, "main": measured, "growth": grown}
+        grown = {
+            case: {
+                engine: run(
+                    f"{case}, {TRL.get(engine, engine)}", GROWTH_LIMIT, engine=engine, case=case
+                )
+                for engine in ("trl", *METHODS)
+            }
+            for case in cases
+        }
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")
+    }
+    report = {
+        "model": model.resolve().name,
+        "task": task,
+        "prompts": prompts,
+        "group_size": group_size,
+        "max_new_tokens": max_new_tokens,
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "sampled": sampled,
+        "limit": limit,
+        "cosine": cosines,
+        "main": measured,
+        "growth": grown,
+    }
     if output:
         output.write_text(json.dumps(report, indent=1) + "\n")
     lengths, asked = sampled["lengths"], sampled["prompt_lengths"]
-    console.print(f"\n{report['model']}, {limit['dtype']} on {limit['device']}, {report['cores']} cores; {prompts} "
-                  f"prompts of {min(asked)} to {max(asked)} tokens x {group_size} completions of {min(lengths)} to "
-                  f"{max(lengths)} (mean {sum(lengths) / len(lengths):.0f})", soft_wrap=True)
+    console.print(
+        f"\n{report['model']}, {limit['dtype']} on {limit['device']}, {report['cores']} cores; {prompts} "
+        f"prompts of {min(asked)} to {max(asked)} tokens x {group_size} completions of {min(lengths)} to "
+        f"{max(lengths)} (mean {sum(lengths) / len(lengths):.0f})",
+        soft_wrap=True,
+    )
     console.print(main_table(measured))
-    console.print("* no gradient checkpointing, no logits at prompts. Cosine of grpo's LoRA gradient and TRL's: "
-                  + ", ".join(f"{result.get('failed') or format(result['cosine'], '.6f')} in {dtype}"
-                              for dtype, result in cosines.items()), soft_wrap=True)
+    console.print(
+        "* no gradient checkpointing, no logits at prompts. Cosine of grpo's LoRA gradient and TRL's: "
+        + ", ".join(
+            f"{result.get('failed') or format(result['cosine'], '.6f')} in {dtype}"
+            for dtype, result in cosines.items()
+        ),
+        soft_wrap=True,
+    )
     if grown:
         console.print(growth_table(grown))
     console.print(limit_table(measured, limit))

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -17,23 +18,40 @@ import transformers  # noqa: E402
 import tokenrl  # noqa: E402
 
 # A busy machine is no failure of the code.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("patient")
 
-SHAPES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+SHAPES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    eos_token_id=1,
+    pad_token_id=0,
+    bos_token_id=None,
+)
 ARCHITECTURES = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPES)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES)),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(
-        **SHAPES, head_dim=8, sliding_window=64)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        **SHAPES, head_dim=8, sliding_window=64, final_logit_softcapping=3.0)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SHAPES, head_dim=8, sliding_window=64)
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **SHAPES, head_dim=8, sliding_window=64, final_logit_softcapping=3.0
+        )
+    ),
 }
 
 
 class Words:
     """The part of a tokenizer that sampling needs: token n is the text "n "."""
+
     eos_token, eos_token_id = None, 1
 
     def decode(self, ids, **_):
@@ -61,15 +79,31 @@ def words():
     return Words()
 
 
-def random_completions(rng: random.Random, count: int, length: int, tokens: int = 3) -> list[list[int]]:
+def random_completions(
+    rng: random.Random, count: int, length: int, tokens: int = 3
+) -> list[list[int]]:
     """Completions over few tokens, so that they branch everywhere; some are prefixes of others, some are equal."""
-    return [[rng.randrange(2, 2 + tokens) for _ in range(rng.randint(1, length))] for _ in range(count)]
+    return [
+        [rng.randrange(2, 2 + tokens) for _ in range(rng.randint(1, length))] for _ in range(count)
+    ]
 
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data" / "demo"
-FAST = ["--device", "cpu", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "24",
-        "--eval-problems", "8"]
+FAST = [
+    "--device",
+    "cpu",
+    "--prompts-per-step",
+    "2",
+    "--group-size",
+    "4",
+    "--max-new-tokens",
+    "24",
+    "--eval-problems",
+    "8",
+    "--validate-every",
+    "0",
+]
 
 
 @pytest.fixture
@@ -86,14 +120,48 @@ def cli(tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr()
         assert "Traceback" not in printed.out + printed.err
         return code, " ".join((printed.out + printed.err).split())
+
     return run
 
 
 def script(*arguments, cwd, **options):
     """The command as a user runs it, in a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "tokenrl.py"), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tokenrl.py"), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def exact(rows):
+    """Metrics without what a clock or a memory meter gives."""
+    return [
+        {k: v for k, v in row.items() if k not in ("rollout_s", "update_s", "peak_memory")}
+        for row in rows
+    ]
 
 
 def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The demo is loaded once and not checked again: a command then takes a tenth of a second."""
+    plain = tokenrl.load_model
+
+    def load(name, *options):
+        if name != "demo":
+            return plain(name, *options)
+        if options not in LOADED:
+            LOADED[options] = plain(name, *options)
+        return copy.deepcopy(LOADED[options][0]), LOADED[options][1]
+
+    monkeypatch.setattr(tokenrl, "load_model", load)
+    monkeypatch.setattr(tokenrl, "check_model", lambda *_: None)
+
+
+LOADED = {}

@@ -1,16 +1,14 @@
-"""The command line, through its own commands: what works, and what every bad input says."""
+"""The commands train and eval: what works, and what every bad input says."""
+
 import errno
-import hashlib
 import json
 import os
-import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
 from pathlib import Path
 
 import pytest
@@ -18,159 +16,98 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from conftest import DEMO, FAST, ROOT, random_model, rows_of, script
+from conftest import DEMO, FAST, ROOT, exact, random_model, rows_of, script
+from rich.console import Console
 
 import tokenrl
 
-
-def exact(rows):
-    """Metrics without what a clock or a memory meter gives."""
-    return [{k: v for k, v in row.items() if k not in ("rollout_s", "update_s", "peak_memory")} for row in rows]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
-# ---- prep ----------------------------------------------------------------------------------------------------------
-
-def fake_svamp(tmp_path, monkeypatch):
-    rows = [{"ID": str(i), "Body": f"Box {i} holds {i} pens", "Question": "How many pens is that?", "Equation": "",
-             "Answer": float(i) if i else 22090603.0, "Type": "Common-Divison"} for i in range(10)]
-    path = tmp_path / "SVAMP.json"
-    path.write_text(json.dumps(rows))
-    monkeypatch.setattr(tokenrl, "SVAMP_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
+def weights_of(run):
+    return safetensors.torch.load_file(Path(run) / "adapter_model.safetensors")
 
 
-def test_prep_svamp_from_a_file_and_by_download(cli, tmp_path, monkeypatch):
-    path = fake_svamp(tmp_path, monkeypatch)
-    code, text = cli("prep", "svamp", "--source", path, "--data-dir", "d1")
-    assert code == 0 and "│ train │ 7 │ │ test │ 3 │" in text
-    rows = rows_of("d1/svamp/train.jsonl") + rows_of("d1/svamp/test.jsonl")
-    assert sorted(int(row["answer"]) for row in rows) == [*range(1, 10), 22090603]
-    assert {row["type"] for row in rows} == {"Common-Division"}
-    assert "Box 3 holds 3 pens. How many pens is that?" in {row["question"] for row in rows}
-    monkeypatch.setattr(tokenrl, "SVAMP_URL", path.as_uri())
-    assert cli("prep", "svamp", "--data-dir", "d2")[0] == 0
-    assert rows_of("d2/svamp/train.jsonl") == rows_of("d1/svamp/train.jsonl")
+def one_step(cli, name, *options):
+    assert cli("train", "svamp", *FAST, "--steps", "1", "--name", name, *options)[0] == 0
+    return Path("runs", name)
 
 
-def test_prep_svamp_refuses_other_files_and_says_what_to_do_offline(cli, tmp_path, monkeypatch):
-    path = fake_svamp(tmp_path, monkeypatch)
-    path.write_text(path.read_text() + " ")
-    assert "sha256 differs" in cli("prep", "svamp", "--source", path)[1]
-    assert "There is no file none.json" in cli("prep", "svamp", "--source", "none.json")[1]
-
-    def unreachable(*args, **kwargs):
-        raise urllib.error.URLError("no route")
-    monkeypatch.setattr(tokenrl.urllib.request, "urlopen", unreachable)
-    code, text = cli("prep", "svamp", "--data-dir", "d")
-    assert code == 1 and "prep svamp --source SVAMP.json" in text
-    assert "--source SVAMP.json" in cli("train", "svamp", "--model", DEMO.parent, "--data-dir", "d")[1]
+def small_task(name="few", train=14, test=4, **options):
+    """A task of few problems, some of which the demo solves, in the folder d."""
+    rows = [tokenrl.Problem(**row) for row in rows_of(DEMO / "train.jsonl")[: train + test]]
+    tokenrl.write_task(name, rows, [], options.get("share", test / len(rows)), 0, Path("d"))
+    return [name, "--data-dir", "d", "--model", "demo"]
 
 
-def test_prep_multiply(cli):
-    assert cli("prep", "multiply", "--digits", "2x1", "--count", "50", "--data-dir", "d")[0] == 0
-    rows = rows_of("d/multiply/train.jsonl")
-    assert len(rows) == 35 and all(re.fullmatch(r"What is \d\d \* \d\?", row["question"]) for row in rows)
-    assert "47 * 30 = 1410" in rows_of("d/multiply/examples.jsonl")[0]["answer"]  # digit by digit
+def refused(answer, *words):
+    """One sentence, and nothing else but what stands before it."""
+    code, text = answer
+    assert code in (1, 2) and "Error" in text, text
+    for word in words:
+        assert word in text, (word, text)
+    return True
 
 
-def test_prep_own_csv_and_jsonl(cli, tmp_path):
-    lines = ["frage,antwort,type", '"Two, and two?",4,sum', "Nothing?,,sum", "A word?,many,sum"]
-    lines += ['"Two, and two?",4,sum', *(f"{i} and {i}?,{2 * i}.0,sum" for i in range(8))]
-    Path("own.csv").write_text("\n".join(lines), encoding="utf-8-sig")
-    code, text = cli("prep", "own.csv", "--question", "frage", "--answer", "antwort", "--data-dir", "d")
-    assert code == 0
-    for part in ("read │ 12", "rejected: no answer: 1 (line 3)", "rejected: the answer is not a number: 1 (line 4)",
-                 "rejected: the question came before: 1 (line 5)", "train │ 6", "test │ 3"):
-        assert part in text
-    Path("own.jsonl").write_text("".join(json.dumps({"question": f"q{i}", "answer": i}) + "\n" for i in range(4)))
-    assert cli("prep", "own.jsonl", "--name", "mine", "--data-dir", "d")[0] == 0
-    assert len(rows_of("d/mine/train.jsonl")) == 3
-    Path("d/mine/examples.jsonl").write_text(own := '{"question": "mine", "answer": "1"}\n')
-    assert "kept as they were" in cli("prep", "own.jsonl", "--name", "mine", "--data-dir", "d")[1]
-    assert Path("d/mine/examples.jsonl").read_text() == own  # the user's work
+# ---- what works ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content, arguments, sentence", [
-    (None, [], "There is no file f.jsonl"),
-    (b"", [], "f.jsonl is empty"),
-    (b"\xff\xfe\x00", [], "f.jsonl is not UTF-8 text (byte 0)"),
-    (b'{"question": "q", "answer": 1}\nnot json\n', [], "f.jsonl is not JSON at line 2"),
-    (b"[1, 2]\n", [], "line 1 is not an object"),
-    (b'{"question": "q", "answer": 1}\n', ["--question", "frage"], "no column 'frage' (it has: answer, question)"),
-    (b'{"question": "q", "answer": 1}\n', ["--answer", "a"], "no column 'a'"),
-    (b'{"question": "q", "answer": 1}\n', [], "1 usable problems are too few"),
-    (b'{"question": "q", "answer": 1}\n', ["--name", "../x"], "cannot be a task's name"),
-    (b'{"question": "q", "answer": 1}\n', ["--name", ".."], "cannot be a task's name"),
-])
-def test_prep_bad_files(cli, content, arguments, sentence):
-    if content is not None:
-        Path("f.jsonl").write_bytes(content)
-    code, text = cli("prep", "f.jsonl", "--data-dir", "d", *arguments)
-    assert code == 1 and sentence in text
+def check_learning(run, text, low, high):
+    """Held-out accuracy rose, and what was shown is what the files say."""
+    rows, answers = rows_of(run / "metrics.jsonl"), rows_of(run / "eval.jsonl")
+    phases = ("base", "trained")
+    right = {name: [a["correct"] for a in answers if a["phase"] == name] for name in phases}
+    assert len(right["base"]) == len(right["trained"]) == 100
+    assert sum(right["trained"]) - sum(right["base"]) >= 20
+    assert tokenrl.mcnemar(right["base"], right["trained"]) < 0.001
+    assert f"({sum(right['trained'])}/100)" in text
+    share = sum(r["tokens_trained"] for r in rows) / sum(r["tokens_generated"] for r in rows)
+    assert low < share < high
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows if "validation" in row] == [10]
+    files = {"adapter_model.safetensors", "adapter_config.json", "config.json", "state.pt"}
+    assert files <= set(os.listdir(run)) and not list(run.glob("*tmp"))
 
 
-def test_prep_other_bad_input(cli):
-    assert "neither svamp nor multiply nor a .csv or .jsonl file" in cli("prep", "swamp")[1]
-    Path("svamp.csv").write_text("question,answer\n1+1?,2\n,4\n")
-    assert "'svamp' cannot be a task's name" in cli("prep", "svamp.csv")[1]
-    code, text = cli("prep", "svamp.csv", "--name", "mine", "--data-dir", "d")
-    assert code == 1 and "rejected: no question: 1 (line 3)" in text and "1 usable problems are too few" in text
-    assert "--digits '0' is not a number of digits" in cli("prep", "multiply", "--digits", "0")[1]
-    Path("bad.csv").write_text('question,answer\n"open quote,3')
-    assert "bad.csv is not valid CSV after line 1" in cli("prep", "bad.csv")[1]
-    Path("commas.csv").write_text("question,answer\nHow much is it?,1,200\n1+1?,2\n2+2?,4\n")
-    text = cli("prep", "commas.csv", "--data-dir", "d")[1]
-    assert "rejected: more fields than the header" in text and "(line 2)" in text
+LEARN = ["--device", "cpu", "--steps", "10", "--validate-every", "10", "--lr", "2e-3"]
+LEARN += ["--eval-problems", "100"]
 
 
-def test_prep_reads_what_spreadsheets_write(cli):
-    for separator in ";\t":
-        lines = (separator.join(row) for row in (("question", " answer"), ("1,5 + 1?", "50 %"), ('"a;b"', "5 \u20ac")))
-        Path("sheet.csv").write_text("\n".join(lines), encoding="utf-8-sig")
-        assert cli("prep", "sheet.csv", "--data-dir", "d", "--test-share", "0.5")[0] == 0
-        rows = rows_of("d/sheet/train.jsonl") + rows_of("d/sheet/test.jsonl")
-        assert sorted((row["question"], row["answer"]) for row in rows) == [("1,5 + 1?", "50 %"), ("a;b", "5 \u20ac")]
-
-
-# ---- train and eval ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("method", ["s-grpo", "t-spmo"])
-def test_training_learns(tmp_path, method):
-    """The README's command, shortened: held-out accuracy rises, and what is shown is what the files say."""
-    process = script("train", "svamp", "--method", method, "--steps", "60", "--device", "cpu", cwd=tmp_path)
-    text = process.communicate()[0]
+def test_training_learns(tmp_path):
+    """The README's command, shortened, through a pipe."""
+    process = script("train", "svamp", *LEARN, cwd=tmp_path)
+    text = process.communicate(timeout=300)[0]
     assert process.returncode == 0, text
     assert "bundled demo" in text and "\x1b" not in text and "\r" not in text
-    assert max(map(len, text.splitlines())) <= 80
-    run = tmp_path / "runs" / f"svamp-{method}"
-    rows, answers = rows_of(run / "metrics.jsonl"), rows_of(run / "eval.jsonl")
-    right = {phase: [a["correct"] for a in answers if a["phase"] == phase] for phase in ("base", "trained")}
-    assert len(right["base"]) == len(right["trained"]) == 300
-    assert sum(right["trained"]) - sum(right["base"]) >= 30  # ten points
-    assert tokenrl.mcnemar(right["base"], right["trained"]) < 0.001
-    assert f"({sum(right['trained'])}/300)" in text
-    share = sum(r["tokens_trained"] for r in rows) / sum(r["tokens_generated"] for r in rows)
-    assert (0.1 < share < 0.6) if method == "s-grpo" else (share < 0.05)
-    assert [row["step"] for row in rows] == list(range(1, 61))
-    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "state.pt"} <= set(os.listdir(run))
+    assert max(len(line) for line in text.splitlines() if "tokenrl.py" not in line) <= 80
+    check_learning(tmp_path / "runs/svamp-s-grpo", text, 0.1, 0.6)
+
+
+def test_training_learns_where_completions_branch(cli):
+    code, text = cli("train", "svamp", *LEARN, "--method", "t-spmo")
+    assert code == 0
+    check_learning(Path("runs/svamp-t-spmo"), text, 0.0, 0.05)
 
 
 def test_train_eval_and_gate(cli):
-    code, text = cli("train", "svamp", *FAST, "--steps", "2", "--method", "t-spmo", "--replay", "2", "--l2", "0.01",
-                     "--beta", "0.01", "--eval-samples", "2", "--name", "one")
-    assert code == 0 and "pass@2" in text
+    options = ["--method", "t-spmo", "--replay", "2", "--beta", "0.01", "--eval-samples", "2"]
+    assert "pass@2" in cli("train", "svamp", *FAST, "--steps", "2", *options, "--name", "one")[1]
     assert json.loads(Path("runs/one/config.json").read_text())["settings"]["replay"] == 2
     shutil.copytree("runs/one", "runs/two")
-    code, text = cli("eval", "svamp", "--adapter", "runs/one", "--adapter", "runs/two", "--limit", "8",
-                     "--samples", "2", "--output", "out.jsonl")
+    both = ["--adapter", "runs/one", "--adapter", "runs/two"]
+    code, text = cli("eval", "svamp", *both, "--limit", 8, "--samples", 2, "--output", "out.jsonl")
     assert code == 0 and "runs/one" in text and "runs/two" in text and "pass@2" in text
     answers = rows_of("out.jsonl")
-    assert [len([a for a in answers if a["policy"] == name]) for name in ("base", "runs/one", "runs/two")] == [8, 8, 8]
+    said = {
+        name: [a["completion"] for a in answers if a["policy"] == name]
+        for name in ("base", "runs/one", "runs/two")
+    }
+    assert list(map(len, said.values())) == [8, 8, 8]
     trained = [a["completion"] for a in rows_of("runs/one/eval.jsonl") if a["phase"] == "trained"]
-    # What was saved is what was trained.
-    assert trained == [a["completion"] for a in answers if a["policy"] == "runs/one"]
-    code, text = cli("eval", "svamp", "--limit", "4", "--min-accuracy", "1.0", "--max-new-tokens", "1")
-    assert code == 1 and "is below --min-accuracy" in text
+    assert trained == said["runs/one"]  # what was saved is what was trained
+    short = ["--limit", "4", "--min-accuracy", "1.0", "--max-new-tokens", "1"]
+    code, text = cli("eval", "svamp", *short)
+    assert code == 1 and "below --min-accuracy" in text
 
 
 def test_each_column_is_its_own_adapter_and_the_gate_asks_the_last(cli):
@@ -181,218 +118,631 @@ def test_each_column_is_its_own_adapter_and_the_gate_asks_the_last(cli):
                 if "lora_B" in key:
                     parameter.normal_().mul_(size)
         model.save_pretrained(name)
-    for (first, last), wanted in ((("zero", "wild"), 1), (("wild", "zero"), 0)):
-        code, _ = cli("eval", "svamp", "--device", "cpu", "--max-new-tokens", 40, "--limit", 20, "--output", "o.jsonl",
-                      "--adapter", first, "--adapter", last, "--min-accuracy", 0.1)
-        said = {p: [a["completion"] for a in rows_of("o.jsonl") if a["policy"] == p] for p in ("base", "zero", "wild")}
+    options = ["--device", "cpu", "--max-new-tokens", 40, "--limit", 20, "--min-accuracy", 0.1]
+    for first, last, wanted in (("zero", "wild", 1), ("wild", "zero", 0)):
+        both = ["--adapter", first, "--adapter", last]
+        code, text = cli("eval", "svamp", *options, *both, "--output", "o.jsonl", "--shown", 1)
+        rows = rows_of("o.jsonl")
+        said = {p: [a["completion"] for a in rows if a["policy"] == p] for p in ("base", *both)}
         assert code == wanted and said["zero"] == said["base"] != said["wild"]
+        # What each adapter mended, broke and left wrong is shown in full, beside the base's answer.
+        assert "wild against base" in text and "zero against base: 0 mended" in text
+        assert "broken" in text and "still wrong" in text and "more broken" in text
+
+
+def test_eval_answers_a_question_of_the_users(cli):
+    run = one_step(cli, "one")
+    question = "Ann has 3 pens and gets 4 more. How many pens are there?"
+    code, text = cli("eval", "svamp", "--question", question, "--adapter", run, "--device", "cpu")
+    assert code == 0 and re.search(r"base .*####.* runs/one .*####", text)
+    assert "accuracy" not in text and "%" not in text
+
+
+def test_eval_shows_types_as_they_are_and_writes_into_a_new_folder(cli):
+    kinds = enumerate(["[b]", "[/b]"] * 9)
+    problems = [tokenrl.Problem(f"{i}+1?", str(i + 1), kind) for i, kind in kinds]
+    tokenrl.write_task("kinds", problems, [], 0.7, 0, Path("d"))
+    asked = ["eval", "kinds", "--model", DEMO, "--data-dir", "d", "--output"]
+    code, text = cli(*asked, "new/answers.jsonl")
+    assert code == 0 and "[b] (" in text and "[/b] (" in text
+    assert len(rows_of("new/answers.jsonl")) == 13
+
+
+def test_an_adapter_may_lie_in_a_folder_called_base(cli):
+    one_step(cli, "one").rename("base")
+    asked = ["--adapter", "base", "--limit", "4", "--output", "answers.jsonl"]
+    assert cli("eval", "svamp", *asked)[0] == 0
+    assert {row["policy"] for row in rows_of("answers.jsonl")} == {"base", "base/"}
 
 
 def test_training_never_asks_a_test_problem(cli, monkeypatch):
-    asked = {"roll_out": set(), "evaluate": set()}
+    """Training problems are trained, held-out ones validated, and the test set is asked twice."""
+    asked = {"roll_out": [], "evaluate": [], "validate": []}
     for name in asked:
+
         def watched(policy, problems, *rest, name=name, plain=getattr(tokenrl, name), **options):
-            asked[name].update(problem.question for problem in problems)
+            asked[name].append({problem.question for problem in problems})
             return plain(policy, problems, *rest, **options)
+
         monkeypatch.setattr(tokenrl, name, watched)
-    assert cli("train", "svamp", *FAST, "--steps", "4", "--prompts-per-step", "8", "--replay", "1")[0] == 0
-    train, test = ({row["question"] for row in rows_of(DEMO / f"{split}.jsonl")} for split in ("train", "test"))
-    assert asked["roll_out"] <= train and asked["evaluate"] <= test and not train & test
+    few = small_task(train=28, test=8)
+    options = ["--steps", "4", "--prompts-per-step", 8, "--replay", 1, "--validate-every", 2]
+    assert cli("train", *few, *FAST, *options)[0] == 0
+    train, test = ({r["question"] for r in rows_of(f"d/few/{s}.jsonl")} for s in ("train", "test"))
+    held_out = asked["validate"][0]
+    trained = set().union(*asked["roll_out"])
+    assert len(held_out) == 4 and asked["validate"] == [held_out] * 3  # at the start too
+    assert held_out < train and trained <= train - held_out
+    assert [a for a in asked["evaluate"] if a != held_out] == [test, test] and not train & test
+
+
+def test_metrics_are_of_the_steps_own_completions(cli, monkeypatch):
+    seen, plain = [], tokenrl.roll_out
+
+    def watched(*arguments):
+        seen.append(plain(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(tokenrl, "roll_out", watched)
+    one_step(cli, "one", "--prompts-per-step", 6, "--replay", 3, "--seed", 1)
+    [row], [rollouts, replays] = rows_of("runs/one/metrics.jsonl"), seen
+    rewards = [reward for r in rollouts for reward in r.rewards]
+    other = [reward for r in rollouts + replays for reward in r.rewards]
+    mean = sum(rewards) / len(rewards)
+    assert row["reward"] == pytest.approx(mean) and mean != pytest.approx(sum(other) / len(other))
+    distinct = [len(set(map(tuple, r.completions))) / 4 for r in rollouts]
+    assert row["distinct"] == pytest.approx(sum(distinct) / 6) and len(set(distinct)) > 1
+    entropies = [x for r in rollouts for tokens in r.entropies for x in tokens]
+    assert row["entropy"] == pytest.approx(sum(entropies) / len(entropies)) and row["entropy"] > 0
+    everything = [len(c) for r in rollouts + replays for c in r.completions]
+    assert row["tokens_generated"] == sum(everything)
+    assert row["tokens_trained"] <= row["tokens_packed"] and row["grad_norm"] > 0
 
 
 def test_runs_never_overwrite_each_other(cli):
     for _ in range(2):
-        assert cli("train", "svamp", *FAST, "--steps", "1", "--name", "same")[0] == 0
+        one_step(cli, "same")
     assert sorted(os.listdir("runs")) == ["same", "same-2"]
-    assert exact(rows_of("runs/same/metrics.jsonl")) == exact(rows_of("runs/same-2/metrics.jsonl"))
+    rows = [exact(rows_of(f"runs/{name}/metrics.jsonl")) for name in ("same", "same-2")]
+    assert rows[0] == rows[1]
 
 
 def test_dry_run(cli):
     code, text = cli("train", "svamp", *FAST, "--dry-run", "--method", "grpo")
-    assert code == 0 and "peak memory, update" in text
+    assert code == 0 and "memory, update" in text and "memory, rollout" in text
     assert "tokens generated │ 192" in text  # 2 x 4 x 24: none ends early
-    assert "peak memory, evaluation" in text and not Path("runs").exists()
-    tokenrl.write_task("few", [tokenrl.Problem(f"{i}+1?", str(i + 1)) for i in range(6)], [], 0.5, 0, Path("d"))
-    few = ["few", "--data-dir", "d", "--model", DEMO, *FAST, "--prompts-per-step", 8]
-    code, text = cli("train", *few, "--dry-run")
-    assert code == 0 and "tokens generated │ 768" in text  # 8 x 4 x 24: problems come again, as in training
-    text = cli("train", "svamp", *FAST, "--dry-run", "--method", "t-spmo")[1]
-    assert "tokens trained │ 8" in text  # 2 groups of two pairs that branch at their last token
-    assert "tokens generated │ 288" in cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")[1]
+    assert not Path("runs").exists()
+    few = small_task(train=3, test=3)
+    text = cli("train", *few, *FAST, "--prompts-per-step", 8, "--dry-run")[1]
+    assert "tokens generated │ 768" in text  # 8 x 4 x 24: problems come again, as in training
+    text = cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")[1]
+    assert "tokens generated │ 288" in text
 
 
-def test_a_resumed_run_goes_on_from_its_last_save(cli, monkeypatch):
-    settings, plain = [*FAST, "--steps", "8", "--save-every", "3", "--replay", "1"], tokenrl.train_step
-    assert cli("train", "svamp", *settings, "--name", "whole")[0] == 0
-
-    def cut(policy, problems, optimizer, step, settings):
-        if step == 5:
-            raise tokenrl.UserError("cut")
-        return plain(policy, problems, optimizer, step, settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenrl, "train_step", cut)
-        assert cli("train", "svamp", *settings, "--name", "cut")[0] == 1
-    assert torch.load("runs/cut/state.pt", weights_only=True)["step"] == 3
-    assert len(rows_of("runs/cut/metrics.jsonl")) == 5
-    assert cli("train", "svamp", "--resume", "runs/cut", "--device", "cpu")[0] == 0
-    assert exact(rows_of("runs/cut/metrics.jsonl")) == exact(rows_of("runs/whole/metrics.jsonl"))
-    whole, again = (transformers_weights(Path("runs", name)) for name in ("whole", "cut"))
-    assert all(torch.equal(whole[key], again[key]) for key in whole)
+def test_no_test_problems_are_none(cli):
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--eval-problems", "0")
+    assert code == 0 and "accuracy" not in text and "Adapter:" in text
+    assert not Path("runs/svamp-s-grpo/eval.jsonl").exists() or not rows_of(
+        "runs/svamp-s-grpo/eval.jsonl"
+    )
 
 
-def test_a_run_killed_several_times_ends_with_the_same_numbers(cli, tmp_path):
-    settings = [*FAST, "--steps", "20", "--save-every", "3", "--replay", "1", "--method", "t-spmo"]
-    assert cli("train", "svamp", *settings, "--name", "whole")[0] == 0
-    metrics, moments = tmp_path / "runs" / "killed" / "metrics.jsonl", [random.uniform(0, 0.4) for _ in range(2)]
-    for number, moment in enumerate(moments):
-        again = ["--resume", "runs/killed"] if number else [*settings, "--name", "killed"]
-        process = script("train", "svamp", *again, "--device", "cpu", cwd=tmp_path)
-        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        while not metrics.exists() or metrics.stat().st_mtime_ns == before:  # cut at the last save, or a step taken
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    code, text = cli("train", "svamp", "--resume", "runs/killed", "--device", "cpu")
+def test_a_run_that_trained_nothing_says_so(cli):
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", 2)
+    assert code == 0 and "Nothing was trained" in text
+
+
+def test_a_sample_is_shown_with_its_question_reference_and_reward(cli):
+    code, text = cli("train", "svamp", *FAST, "--steps", "1")
     assert code == 0
-    assert exact(rows_of("runs/killed/metrics.jsonl")) == exact(rows_of("runs/whole/metrics.jsonl")), moments
-    assert rows_of("runs/killed/eval.jsonl") == rows_of("runs/whole/eval.jsonl")
-    weights = [transformers_weights(tmp_path / "runs" / name) for name in ("whole", "killed")]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    code, text = cli("train", "svamp", "--resume", "runs/killed", "--lr", "0.5", "--group-size", "8")
-    assert code == 1 and "group_size was 4, now 8" in text and "lr was 0.0" in text
-    saving = ["--batch-rows", 2, "--max-pack-tokens", 64, "--checkpointing", "--save-every", 1]
-    assert cli("train", "svamp", "--resume", "runs/killed", "--device", "cpu", *saving)[0] == 0
-    assert "not a run that can be resumed" in cli("train", "svamp", "--resume", "runs")[1]
+    for word in ("question", "completion", "reference", "reward", "####"):
+        assert word in text
 
 
-def transformers_weights(run):
-    return safetensors.torch.load_file(run / "adapter_model.safetensors")
+def test_options_that_could_train_nothing(cli):
+    run = one_step(cli, "one", "--lora-targets", "q_proj, v_proj", "--prompts-per-step", 8)
+    for target in ("q_proj", "v_proj"):
+        found = [w for name, w in weights_of(run).items() if f"{target}.lora_B" in name]
+        assert any(w.abs().max() > 0 for w in found)
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 32)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_exit(tmp_path, number, code):
-    process = script("train", "svamp", *FAST, "--steps", "500", "--save-every", "400", cwd=tmp_path)
-    metrics = tmp_path / "runs" / "svamp-s-grpo" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    text = process.communicate()[0]
-    assert process.returncode == code and "--resume runs/svamp-s-grpo" in " ".join(text.split()), text
-    state = torch.load(metrics.parent / "state.pt", weights_only=True)
-    assert state["step"] == len(metrics.read_text().splitlines())
+def test_answers_that_are_cut_off_are_told(cli):
+    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", "2")
+    assert code == 0 and "100% were cut off at 2 tokens" in text
+    assert "were cut off" not in cli("train", "svamp", *FAST, "--steps", "1")[1]
+
+
+def test_version_and_help(monkeypatch, cli, capsys):
+    assert cli("--version") == (0, f"tokenrl {tokenrl.__version__}")
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("prep", "train", "eval", "inspect", "plot", "merge"):
+        with pytest.raises(SystemExit):
+            tokenrl.main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80 and len(lines) <= 90
+        if command == "train":
+            options = re.findall(r"--(?!help)[a-z-]+", " ".join(lines))
+            assert options.index("--steps") < 6 and options[0] == "--model"
+        if command != "prep":  # an example, which can be pasted
+            [example] = [line for line in lines if "Example: python tokenrl.py " + command in line]
+            with pytest.raises(SystemExit):
+                tokenrl.main([*shlex.split(example.split("tokenrl.py")[1]), "--help"])
+            capsys.readouterr()
+
+
+IMPORT = """
+import logging, os, signal, sys, warnings
+def state():
+    handlers = {n: signal.getsignal(n) for n in signal.valid_signals()}
+    levels = {name: logging.getLogger(name).level for name in ("", "transformers", "torch")}
+    return dict(os.environ), handlers, levels, logging.getLogger().handlers[:], warnings.filters[:]
+before = state()
+import tokenrl
+assert state() == before
+assert not {"torch", "transformers", "peft", "accelerate", "numpy"} & set(sys.modules)
+"""
+
+
+def test_importing_changes_nothing_and_needs_no_heavy_import():
+    subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=True, timeout=60)
+    assert "OMP_WAIT_POLICY" not in IMPORT
+
+
+# ---- validation, the best adapter, methods of one's own, further training ------------------------
+
+
+def test_the_best_adapter_is_kept_and_training_stops_early(cli, monkeypatch):
+    scores, kept = iter([0.2, 0.3, 0.6, 0.5, 0.4, 0.9]), []
+    monkeypatch.setattr(tokenrl, "validate", lambda *_: next(scores))
+    plain = tokenrl.save_run
+
+    def watched(run, model, optimizer, state, keep):
+        plain(run, model, optimizer, state, keep)
+        own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        kept.append((state["step"], keep, own))
+
+    monkeypatch.setattr(tokenrl, "save_run", watched)
+    options = ["--steps", "30", "--validate-every", "1", "--patience", "2", "--target-kl", "0"]
+    few = small_task()
+    code, text = cli("train", *few, *FAST, *options, "--prompts-per-step", 8, "--name", "best")
+    assert code == 0 and "from step 2 of 4" in text and "validation" in text
+    assert "50.0%" in text  # in the table
+    rows = rows_of("runs/best/metrics.jsonl")
+    assert [row["validation"] for row in rows] == [0.3, 0.6, 0.5, 0.4]
+    assert [(step, keep) for step, keep, _ in kept][:3] == [(0, True), (1, True), (2, True)]
+    assert not any(keep for step, keep, _ in kept if step > 2)
+    weights = {name.replace(".default", ""): w for name, w in kept[2][2].items()}
+    found = weights_of("runs/best")
+    assert weights.keys() == found.keys()
+    assert all(torch.equal(weights[name], found[name]) for name in found)
+    assert not all(torch.equal(a, b) for a, b in zip(kept[2][2].values(), kept[-1][2].values()))
+    asked = ["--adapter", "runs/best", "--output", "o.jsonl"]
+    assert cli("eval", "few", "--data-dir", "d", *asked)[0] == 0
+    answers = [a["completion"] for a in rows_of("o.jsonl") if a["policy"] == "runs/best"]
+    trained = [a["completion"] for a in rows_of("runs/best/eval.jsonl") if a["phase"] == "trained"]
+    assert answers == trained  # the closing comparison is of what was kept
+
+
+MINE = '''
+def first(trie, rewards, rng, scale=1.0):
+    """Only the first token of each completion. More."""
+    mean = sum(rewards) / len(rewards)
+    return {path[0]: scale * (r - mean) / len(rewards) for path, r in zip(trie.paths, rewards)}
+
+def entropies(trie, rewards, rng):
+    assert len(trie.entropies) == len(trie.logprobs) == len(trie.tokens)
+    assert min(trie.entropies) >= 0 >= max(trie.logprobs)
+    return {rng.randrange(len(trie.tokens)): 0.1}
+'''
+
+
+def test_a_method_of_ones_own(cli):
+    Path("mine.py").write_text(MINE)
+    options = [*FAST, "--steps", "2", "--prompts-per-step", 8]
+    code, text = cli("train", "svamp", *options, "--method", "mine.py:first")
+    assert code == 0 and "first on svamp" in text and "svamp, first, runs/svamp-first" in text
+    rows = rows_of("runs/svamp-first/metrics.jsonl")
+    assert all(0 < row["tokens_trained"] <= 4 * 8 for row in rows)
+    config = json.loads(Path("runs/svamp-first/config.json").read_text())
+    assert config["settings"]["method"] == "mine.py:first"
+    assert "svamp-first" in cli("eval", "svamp", "--adapter", "runs/svamp-first", "--limit", 2)[1]
+    assert "svamp-first" in cli("plot", "runs/svamp-first")[1]
+    asked = ["--adapter", "runs/svamp-first", "--index", 3]
+    assert refused(cli("inspect", "svamp", *asked), "--method mine.py:first")
+    code, text = cli("inspect", "svamp", *asked, "--method", "mine.py:first")
+    assert code == 0 and "first: Only the first token of each completion." in text
+    assert cli("train", "svamp", *options, "--method", "mine.py:entropies", "--replay", 1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("def f(trie, rewards, rng): return 1 / 0", ["ZeroDivisionError"]),
+        ("def f(trie, rewards, rng): raise SystemExit(0)", ["SystemExit"]),
+        ("def f(trie, rewards, rng): return [1.0]", []),
+        ("def f(trie, rewards, rng): return {0: 'x'}", []),
+        ("def f(trie, rewards, rng): return {10**6: 1.0}", ["nodes"]),
+        ("def f(trie, rewards): return {}", ["TypeError"]),
+        ("def f(trie, rewards, rng): return {0: float('nan')}", ["finite"]),
+        ("f = 3", ["no function"]),
+        ("import nothing_like_it", ["nothing_like_it"]),
+    ],
+)
+def test_a_broken_method_ends_in_one_sentence(cli, code, words):
+    Path("m.py").write_text(code)
+    options = [*FAST, "--steps", "4", "--prompts-per-step", 8, "--eval-problems", 0]
+    assert refused(cli("train", "svamp", *options, "--method", "m.py:f"), *words)
+
+
+def test_training_goes_on_from_an_adapter(cli):
+    options = ["--lora-rank", 4, "--lora-targets", "q_proj", "--lr", 0.02]
+    first = one_step(cli, "first", *options, "--prompts-per-step", 8)
+    more = [*FAST, "--steps", "2", "--adapter", first, "--method", "grpo"]
+    code, text = cli("train", "svamp", *more, "--name", "more", "--beta", 0.1)
+    assert code == 0 and re.search(r"base ┃ +start ┃ +trained", text)
+    config = json.loads(Path("runs/more/adapter_config.json").read_text())
+    assert config["r"] == 4 and config["target_modules"] == ["q_proj"]
+    old, new = rows_of(first / "eval.jsonl"), rows_of("runs/more/eval.jsonl")
+    for before, now in (("base", "base"), ("trained", "start")):
+        texts = [
+            [a["completion"] for a in rows if a["phase"] == p]
+            for rows, p in ((old, before), (new, now))
+        ]
+        assert texts[0] == texts[1] and len(texts[0]) == 8
+    assert weights_of("runs/more").keys() == weights_of(first).keys()
+    whole = rows_of("runs/more/metrics.jsonl")
+    assert len(whole) == 2
+    for shape in (
+        ["--lora-rank", 8],
+        ["--lora-alpha", 1],
+        ["--lora-targets", "v_proj"],
+        ["--lora-layers", 1],
+    ):
+        assert refused(cli("train", "svamp", *more, *shape), shape[0][2:].replace("-", "_"))
+    few = small_task("other")  # another task
+    code, text = cli("train", *few, *FAST, "--steps", "1", "--adapter", first)
+    assert code == 0 and Path("runs/other-s-grpo").is_dir() and "start" in text
+    assert refused(cli("train", "svamp", *FAST, "--adapter", "nowhere"), "nowhere", "no adapter")
+    assert not Path("runs/svamp-s-grpo").exists()
+
+
+def test_a_task_for_tests_only_is_not_trained(cli):
+    task = small_task("exam", train=0, test=6, share=1)
+    assert refused(cli("train", *task, *FAST), "exam", "test")
+    assert cli("eval", *task)[0] == 0 and not Path("runs").exists()
+    assert cli("inspect", *task, "--max-new-tokens", 8)[0] == 0
+
+
+# ---- what is printed can be pasted ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_printed_command_can_be_pasted(cli, monkeypatch, terminal):
+    """Names that need quotes and are long: each command stands in one line, and works."""
+    options = {"force_terminal": terminal, "width": 80, "legacy_windows": False}
+    folder = Path("a folder with a rather long name which alone fills half a line of 80")
+    folder.mkdir()
+    (folder / "r.py").write_text("def r(text, answer): return float(len(text) % 2)\n" + MINE)
+    code = shlex.quote(f"{folder}/r.py:r")
+    small_task()
+    Path("d").rename(folder / "d")
+    asked = ["few", "--data-dir", folder / "d", "--model", DEMO, "--reward", f"{folder}/r.py:r"]
+    asked += ["--metric", f"{folder}/r.py:r", "--method", f"{folder}/r.py:first"]
+    said = []
+
+    def run(*arguments, wanted=0):
+        with open("out.txt", "w", encoding="utf-8") as file:
+            console = Console(file=file, **options, **tokenrl.AS_IT_IS)
+            monkeypatch.setattr(tokenrl, "console", console)
+            assert cli(*arguments)[0] == wanted
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", Path("out.txt").read_text(encoding="utf-8"))
+        lines = [line for line in text.splitlines() if "python tokenrl.py " in line]
+        said.extend(lines)
+        return [shlex.split(line.split("python tokenrl.py ")[1]) for line in lines]
+
+    [again] = run("train", *asked, *FAST, "--steps", "1", "--name", "a long name too")
+    assert code in said[-1] and run(*again) == []
+    plain, stopped = tokenrl.update, []
+
+    def stop(*arguments):
+        stopped.append(os.kill(os.getpid(), signal.SIGTERM)) if not stopped else None
+        return plain(*arguments)
+
+    monkeypatch.setattr(tokenrl, "update", stop)
+    [again] = run("train", *asked, *FAST, "--steps", "3", "--name", "b", wanted=143)
+    assert len(run(*again)) == 1 and len(rows_of("runs/b/metrics.jsonl")) == 3
+    shutil.copytree(DEMO, folder / "model")
+    asked[4] = folder / "model"
+    run("train", *asked, *FAST, "--steps", "1", "--name", "c", "--prompt", "plain")
+    [check] = run("merge", "runs/c", folder / "merged")
+    run(*check)
+    assert "--prompt" in check and f"{folder}/r.py:r" in check
+
+
+# ---- signals, full disks and steps that fail -----------------------------------------------------
 
 
 def test_a_second_signal_gives_up_and_says_how_to_continue(cli, monkeypatch):
     def killed_twice(*_, **__):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
+
     monkeypatch.setattr(tokenrl, "evaluate", killed_twice)
     code, text = cli("train", "svamp", *FAST, "--name", "my run")
-    assert code == 130 and "Interrupted" in text and "train svamp --resume 'runs/my run'" in text
+    assert code == 130 and "train svamp --resume 'runs/my run'" in text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_signal_within_a_step_saves_it_and_leaves_the_terminal_as_it_was(
+    cli, monkeypatch, number, code, terminal
+):
+    plain, steps = tokenrl.update, []
+
+    def update(*arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+        return plain(*arguments)
+
+    monkeypatch.setattr(tokenrl, "update", update)
+    before = signal.getsignal(number)
+    with open("out.txt", "w", encoding="utf-8") as file:
+        console = Console(file=file, force_terminal=terminal, width=80, **tokenrl.AS_IT_IS)
+        monkeypatch.setattr(tokenrl, "console", console)
+        found = cli("train", "svamp", *FAST, "--steps", "50", "--save-every", "40")[0]
+    text = Path("out.txt").read_text(encoding="utf-8")
+    assert found == code and "--resume runs/svamp-s-grpo" in text and len(steps) == 2
+    assert text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l")  # the cursor is back
+    assert ("\x1b[?25h" in text) == terminal and signal.getsignal(number) is before
+    state = torch.load("runs/svamp-s-grpo/state.pt", weights_only=True)
+    assert state["step"] == 2 == len(rows_of("runs/svamp-s-grpo/metrics.jsonl"))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("phase", ["base", "trained"])
+def test_sigterm_within_an_evaluation(cli, monkeypatch, phase):
+    plain, calls = tokenrl.evaluate, []
+
+    def evaluate(policy, problems, settings, samples, tick):
+        calls.append(1)
+
+        def killed(count):
+            if len(calls) == ("base", "trained").index(phase) + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            tick(count)
+
+        return plain(policy, problems, settings, samples, killed)
+
+    options = ["--steps", "2", "--batch-rows", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenrl, "evaluate", evaluate)
+        code, text = cli("train", "svamp", *FAST, *options)
+    assert code == 143 and "--resume runs/svamp-s-grpo" in text and "Traceback" not in text
+    code, text = cli("train", "svamp", "--resume", "runs/svamp-s-grpo")
+    assert code == 0 and "Adapter:" in text
+    assert [a["phase"] for a in rows_of("runs/svamp-s-grpo/eval.jsonl")].count(phase) == 8
 
 
 def test_full_disk_keeps_the_last_checkpoint(cli, monkeypatch):
     write, calls = Path.write_bytes, []
 
     def full(path, data):
-        calls.append(path.name)
-        if len(calls) == 2:
+        calls.append(path.name == "state.pt")
+        if sum(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, data)
+
     monkeypatch.setattr(Path, "write_bytes", full)
     code, text = cli("train", "svamp", *FAST, "--steps", "4", "--save-every", "2", "--name", "full")
-    assert code == 1 and "The disk is full" in text and calls == ["state.pt"] * 2
+    assert code == 1 and "disk is full" in text
     assert torch.load("runs/full/state.pt", weights_only=True)["step"] == 2
-    saved = transformers_weights(Path("runs/full"))
+    saved = weights_of("runs/full")
     weights = torch.load("runs/full/state.pt", weights_only=True)["weights"]
     weights = {name.replace(".default", ""): weight for name, weight in weights.items()}
-    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--lr 1e20 --target-kl 0 --validate-every 3",
+        "--lr 1e3 --target-kl 0 --validate-every 3",
+        "--lr 1e20 --target-kl 0.003",
+    ],
+)
+def test_whatever_a_learning_rate_does_a_good_adapter_is_kept(cli, options):
+    options = [*options.split(), "--steps", "6", "--save-every", "1", "--prompts-per-step", 8]
+    code, text = cli("train", "svamp", *FAST, *options, "--name", "x")
+    assert all(torch.isfinite(w).all() for w in weights_of("runs/x").values())
+    assert code == 0 or "--lr" in text or "--dtype" in text
+    out = ["--limit", "40", "--output", "o.jsonl", "--adapter", "runs/x", "--device", "cpu"]
+    assert cli("eval", "svamp", *out)[0] == 0
+    right = {"base": 0, "runs/x": 0}
+    for row in rows_of("o.jsonl"):
+        right[row["policy"]] += row["correct"]
+    assert right["runs/x"] >= right["base"] - 6
 
 
 def test_non_finite_steps_stop_the_run(cli, monkeypatch):
-    monkeypatch.setattr(tokenrl, "s_grpo_weights", lambda trie, *_: {0: float("nan")})
+    monkeypatch.setattr(tokenrl, "s_grpo_weights", lambda trie, *_, **__: {0: float("nan")})
     code, text = cli("train", "svamp", *FAST, "--steps", "9", "--name", "nan")
-    assert code == 1 and "Three steps in a row" in text
-    assert [row["skipped"] for row in rows_of("runs/nan/metrics.jsonl")][-3:] == [True] * 3
-    assert all(torch.isfinite(w).all() for w in transformers_weights(Path("runs/nan")).values())
+    assert refused((code, text), "not finite", "runs/nan", "--lr")
+    rows = [row for row in rows_of("runs/nan/metrics.jsonl") if row["tokens_trained"]]
+    assert [row["skipped"] for row in rows] == [True] * 3
+    assert all(torch.isfinite(w).all() for w in weights_of("runs/nan").values())
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB",
-                                     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
-                                     "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    ],
+)
 def test_out_of_memory(cli, monkeypatch, message):
     def fail(*args, **kwargs):
         raise RuntimeError(message)
+
     monkeypatch.setattr(tokenrl, "sample", fail)
     code, text = cli("train", "svamp", *FAST, "--dry-run")
-    assert code == 1 and "Out of memory" in text
-    assert text.index("--batch-rows") < text.index("--max-pack-tokens") < text.index("--max-new-tokens")
+    assert refused((code, text), "memory", "--batch-rows", "--max-pack-tokens", "--max-new-tokens")
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["train", "swamp"], "There is no task 'swamp' in d; make it with: python tokenrl.py prep YOUR_FILE.csv"),
-    (["train", "svamp", "--method", "ppo"], "'ppo' is not one of"),
-    (["train", "svamp", "--shots", "1"], "--shots needs a chat or plain prompt"),
-    (["eval", "svamp", "--reward", "no.py:kpi"], "There is no file no.py, which 'no.py:kpi' names"),
-    (["train", "svamp", "--group-size", "1"], "should be greater than or equal to 2"),
-    (["inspect", "svamp", "--group-size", "0"], "should be greater than or equal to 2"),
-    (["train", "svamp", "--prompt", "none.txt"], "There is no file none.txt"),
-    (["train", "svamp", "--prompt", "chat"], "has no chat template"),
-    (["train", "svamp", "--lora-targets", "nothing"], "this model has no module 'nothing'"),
-    (["train", "svamp", "--lora-targets", "q_proj, w_proj"], "this model has no module 'w_proj'"),
-    (["eval", "svamp", "--adapter", "nowhere"], "nowhere holds no adapter"),
-    (["train", "svamp", "--dtype", "int3"], "'int3' is not one of auto"),
-    (["train", "svamp", "--device", "abacus"], "'abacus' is not there"),
-])
-def test_bad_arguments(cli, arguments, sentence):
-    if arguments[1] == "swamp":
-        arguments = [*arguments, "--model", DEMO, "--data-dir", "d"]
-    code, text = cli(*arguments)
-    assert code in (1, 2) and sentence in text.replace(" │ │ ", " ")
+# ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content, sentence", [
-    ("", "train.jsonl is empty"), ('{"question": "q"}\n', "train.jsonl line 1: no answer"),
-    ('{"question": "q", "answer": 1}\n{"question": "q", "answer": "x"}\n', "line 2: the answer is not a number"),
-    ("{", "is not JSON at line 1"),
-])
-def test_bad_prepared_data(cli, content, sentence):
-    Path("d/mine").mkdir(parents=True)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("train swamp --model demo --data-dir d", ["'swamp'", "prep YOUR_FILE.csv"]),
+        ("train svamp --method ppo", ["ppo", "s-grpo", "FILE.py:function"]),
+        ("inspect svamp --method ppo", ["ppo", "s-grpo"]),
+        ("train svamp --method no.py:f", ["no.py"]),
+        ("train svamp --method regex:no.py:f", ["regex:no.py:f"]),
+        ("train svamp --shots 1", ["--shots", "prompt"]),
+        ("eval svamp --reward no.py:kpi", ["no.py"]),
+        ("eval svamp --metric no.py:kpi", ["no.py"]),
+        ("train svamp --reward best", ["'best'"]),
+        ("train svamp --group-size 1", ["--group-size", "2"]),
+        ("inspect svamp --group-size 0", ["--group-size", "2"]),
+        ("train svamp --k 3", ["--k", "--alpha"]),
+        ("train svamp --prompt none.txt", ["none.txt"]),
+        ("train svamp --prompt chat", ["chat template"]),
+        ("train svamp --lora-targets nothing", ["'nothing'", "q_proj"]),
+        ("train svamp --lora-targets embed_tokens", ["'embed_tokens'"]),
+        ("train svamp --lora-targets lm_head", ["'lm_head'"]),
+        ("train svamp --lora-targets q_proj,w_proj", ["'w_proj'"]),
+        ("eval svamp --adapter nowhere", ["nowhere", "no adapter"]),
+        ("inspect svamp --adapter nowhere", ["nowhere", "no adapter"]),
+        ("merge nowhere out", ["nowhere", "no adapter"]),
+        ("train svamp --resume nowhere", ["nowhere"]),
+        ("train svamp --dtype int3", ["int3"]),
+        ("eval svamp --dtype tensor", ["tensor"]),
+        ("merge nowhere out --dtype int3", []),
+        ("train svamp --device abacus", ["'abacus'"]),
+        ("train svamp --device cuda:99", ["cuda:99"]),
+        ("train svamp --max-new-tokens 9999", ["context", "--max-new-tokens"]),
+        ("eval svamp --max-new-tokens 9999", ["--max-new-tokens"]),
+        ("eval svamp --limit 0", ["--limit"]),
+        ("eval svamp --limit -1", ["--limit"]),
+        ("eval svamp --samples -1", ["--samples"]),
+        ("eval svamp --shown -1", ["--shown"]),
+        ("eval svamp --min-accuracy nan", ["--min-accuracy"]),
+        ("inspect svamp --index 999", ["--index", "700"]),
+        ("inspect svamp --output group.pdf", [".svg"]),
+        ("plot none", ["none"]),
+        ("plot none --what weight", ["weight", "reward"]),
+    ],
+)
+def test_bad_arguments(cli, arguments, words):
+    assert refused(cli(*arguments.split()), *words)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("lr", "inf nan 1e37 -1 x"),
+        ("lora-alpha", "nan inf -1"),
+        ("seed", f"{2**70} -1 1.5"),
+        ("p", "nan 1.5 -0.1"),
+        ("temperature", "0 nan inf -1 1e-300"),
+        ("beta", "nan inf -1"),
+        ("target-kl", "nan inf -1"),
+        ("lora-layers", "0 1.1 nan"),
+        ("lora-rank", "0 -1"),
+        ("steps", "0 -5"),
+        ("prompts-per-step", "0"),
+        ("max-new-tokens", f"0 {10**30}"),
+        ("batch-rows", "0"),
+        ("max-pack-tokens", "0"),
+        ("validate-every", "-1"),
+        ("patience", "0"),
+        ("save-every", "0"),
+        ("eval-problems", "-1"),
+        ("eval-samples", "-1"),
+        ("alpha", "-1"),
+        ("k", "-1"),
+        ("replay", "-1"),
+        ("shots", "-1"),
+    ],
+)
+def test_options_beyond_their_edges(cli, option, values):
+    for value in values.split():
+        assert refused(cli("train", "svamp", f"--{option}={value}"), f"--{option}")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--lora-alpha 1e300",
+        "--beta 1e300",
+        "--temperature 100",
+        "--temperature 0.01",
+        "--target-kl 1e-30 --lr 1",
+        "--max-pack-tokens 1 --replay 2",
+        "--batch-rows 1",
+        "--lora-layers 0.001 --lora-rank 1",
+        "--alpha 0 --p 0",
+        "--alpha 4 --k 4",
+        f"--seed {2**32 - 1} --save-every {10**30} --patience {10**30}",
+    ],
+)
+def test_options_at_their_edges(cli, options):
+    code, text = cli(
+        "train", "svamp", *FAST, "--steps", "2", "--eval-problems", 2, *options.split()
+    )
+    assert code == 0 or refused((code, text))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", ["mine"]),
+        ('{"question": "q"}\n', ["train.jsonl line 1", "no answer"]),
+        ('{"question": "q", "answer": 1}\n{"question": "q", "answer": "x"}\n', ["line 2"]),
+        ("{", ["train.jsonl"]),
+    ],
+)
+def test_bad_prepared_data(cli, content, words):
+    small_task("mine")
     Path("d/mine/train.jsonl").write_text(content)
-    code, text = cli("train", "mine", "--model", DEMO, "--data-dir", "d")
-    assert code == 1 and sentence in text
+    assert refused(cli("train", "mine", "--model", DEMO, "--data-dir", "d"), *words)
 
 
 def test_bad_worked_examples(cli):
-    shutil.copytree(DEMO, "d/mine")
-    Path("d/mine/examples.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n')
-    code, text = cli("train", "mine", "--model", DEMO, "--data-dir", "d")
-    assert code == 1 and "examples.jsonl line 2 lacks" in text
+    task = small_task("mine")
+    tokenrl.write_jsonl(
+        Path("d/mine/examples.jsonl"), [{"question": "q", "answer": "a"}, {"question": "q"}]
+    )
+    assert refused(cli("train", *task), "examples.jsonl line 2")
 
 
 def test_shots_is_the_number_of_worked_examples_and_evaluation_keeps_it(cli, monkeypatch):
-    Path("d/mine").mkdir(parents=True)
-    for split in ("train", "test"):
-        rows = [{"question": f"{split} {i}", "answer": i} for i in range(5)]
-        tokenrl.write_jsonl(Path(f"d/mine/{split}.jsonl"), rows)
-    tokenrl.write_jsonl(Path("d/mine/examples.jsonl"), [{"question": f"q{i}", "answer": "a"} for i in range(3)])
+    examples = [{"question": f"q{i}", "answer": "a"} for i in range(3)]
+    problems = [tokenrl.Problem(f"train {i}", str(i)) for i in range(8)]
+    tokenrl.write_task("mine", problems, examples, 0.5, 0, Path("d"))
     seen, sample = [], tokenrl.sample
 
     def watched(model, tokenizer, prompts, *rest, **options):
         seen.extend(tokenizer.decode(prompt).count("Answer:") - 1 for prompt in prompts)
         return sample(model, tokenizer, prompts, *rest, **options)
-    monkeypatch.setattr(tokenrl, "sample", watched)
-    monkeypatch.setattr(tokenrl, "check_packing", lambda *_: None)  # it samples too
 
-    asked = ["mine", "--data-dir", "d"]
+    monkeypatch.setattr(tokenrl, "sample", watched)
+    monkeypatch.setattr(tokenrl, "check_model", lambda *_: None)  # it samples too
+    asked, model = ["mine", "--data-dir", "d"], ["--model", DEMO, "--prompt", "plain"]
     for options, shots in (([], 3), (["--shots", 2], 2), (["--shots", 0], 0), (["--shots", 9], 3)):
         seen.clear()
-        assert cli("eval", *asked, "--model", DEMO, "--prompt", "plain", "--limit", 2, *options)[0] == 0
+        assert cli("eval", *asked, *model, "--limit", 2, *options)[0] == 0
         assert set(seen) == {shots}
-    assert cli("train", *asked, "--model", DEMO, "--prompt", "plain", *FAST, "--steps", 1, "--shots", 1)[0] == 0
+    assert cli("train", *asked, *model, *FAST, "--steps", 1, "--shots", 1)[0] == 0
     seen.clear()
     assert cli("eval", *asked, "--adapter", "runs/mine-s-grpo", "--limit", 2)[0] == 0
     assert set(seen) == {1}
@@ -400,16 +750,26 @@ def test_shots_is_the_number_of_worked_examples_and_evaluation_keeps_it(cli, mon
 
 def test_a_folder_that_cannot_be_written(cli):
     Path("runs").write_text("in the way")
-    code, text = cli("train", "svamp", *FAST)
-    assert code == 1 and "Error:" in text and "runs" in text
+    assert refused(cli("train", "svamp", *FAST), "runs")
 
 
 def test_prompt_file_must_hold_the_question(cli):
     Path("p.txt").write_text("Answer me.")
-    assert "does not contain {question}" in cli("train", "svamp", "--prompt", "p.txt")[1]
+    assert refused(cli("train", "svamp", "--prompt", "p.txt"), "{question}")
 
 
-# ---- models --------------------------------------------------------------------------------------------------------
+def test_a_start_that_failed_leaves_no_folder_behind(cli):
+    Path("bad.py").write_text("def f(text, answer): return 2\n")
+    for _ in range(2):
+        options = ["--reward", "bad.py:f", "--name", "x"]
+        assert refused(cli("train", "svamp", *FAST, *options), "returned 2")
+    assert not Path("runs/x-2").exists()
+    one_step(cli, "x")
+    assert os.listdir("runs") == ["x"]
+
+
+# ---- models --------------------------------------------------------------------------------------
+
 
 def save_model(folder, **options):
     """A random Qwen2 with the demo's tokenizer."""
@@ -421,32 +781,32 @@ def save_model(folder, **options):
 
 
 def test_a_named_model_is_never_replaced(cli):
-    shutil.copytree(DEMO, "d/demo2")
-    code, text = cli("train", "demo2", "--model", "Qwen/Qwen2-1.5B", "--data-dir", "d")
-    assert code == 1 and "'Qwen/Qwen2-1.5B' is neither a local folder nor could it be had from the hub" in text
-    assert "The hub's client says:" in text and "--model demo" not in text
-    code, text = cli("train", "demo2", "--data-dir", "d")  # on a CPU too
-    assert code == 1 and "It was asked for because --model names none" in text and "--model demo" in text
-    assert "there is 'demo2': leave out the ending" in cli("train", "demo2.csv", "--data-dir", "d")[1]
-    assert cli("train", "demo2", "--model", "demo", "--data-dir", "d", *FAST, "--steps", "1")[0] == 0
+    task = small_task("demo2")[:3]
+    code, text = cli("train", *task, "--model", "Qwen/Qwen2-1.5B")
+    assert refused((code, text), "Qwen/Qwen2-1.5B") and "--model demo" not in text
+    assert refused(cli("train", *task), "Qwen/Qwen2-1.5B", "--model demo")  # on a CPU too
+    assert cli("train", *task, "--model", "demo", *FAST, "--steps", "1")[0] == 0
     assert cli("merge", "runs/demo2-s-grpo", "merged")[0] == 0
     Path("empty").mkdir()
-    code, text = cli("train", "demo2", "--model", "empty", "--data-dir", "d")
-    assert code == 1 and "empty does not hold a model that can be loaded" in text
+    assert refused(cli("train", *task, "--model", "empty"), "empty holds no model")
     shutil.copytree(DEMO, "pointer")
     Path("pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    code, text = cli("train", "demo2", "--model", "pointer", "--data-dir", "d")
-    assert code == 1 and "pointer does not hold a model that can be loaded" in text
+    assert refused(cli("train", *task, "--model", "pointer"), "pointer holds no model")
 
 
-@pytest.mark.parametrize("name, content, sentence", [
-    ("tokenizer.json", None, "lacks its tokenizer"),
-    ("config.json", "[]", "does not hold a model that can be loaded"),
-    ("config.json", ("hidden_size", 64), "does not hold a model that can be loaded"),
-    ("config.json", ("hidden_size", "wide"), "does not hold a model that can be loaded"),
-    ("model.safetensors", "layers.1.", "lacks weights of its model, such as model.layers.1."),
-])
-def test_a_broken_model_ends_in_one_sentence(cli, name, content, sentence):
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("tokenizer.json", None, ["tokenizer"]),
+        ("tokenizer.json", "{}", []),
+        ("config.json", "[]", ["no model"]),
+        ("config.json", ("hidden_size", 64), ["no model"]),
+        ("config.json", ("hidden_size", "wide"), ["no model"]),
+        ("model.safetensors", "layers.1.", ["lacks weights", "model.layers.1."]),
+        ("model.safetensors", "nan", ["not finite"]),
+    ],
+)
+def test_a_broken_model_ends_in_one_sentence(cli, name, content, words):
     shutil.copytree(DEMO, "broken")
     path = Path("broken", name)
     if content is None:
@@ -454,13 +814,16 @@ def test_a_broken_model_ends_in_one_sentence(cli, name, content, sentence):
     elif isinstance(content, tuple):
         path.write_text(json.dumps(json.loads(path.read_text()) | dict([content])))
     elif name == "model.safetensors":
-        kept = {k: v for k, v in safetensors.torch.load_file(path).items() if content not in k}
+        loaded = safetensors.torch.load_file(path)
+        kept = {k: v for k, v in loaded.items() if content not in k}
+        if content == "nan":
+            kept["model.norm.weight"][0] = torch.nan
         safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
     else:
         path.write_text(content)
-    shutil.copytree(DEMO, "d/demo2")
-    code, text = cli("train", "demo2", "--model", "broken", "--data-dir", "d")
-    assert code == 1 and f"broken {sentence}" in text
+    task = small_task("demo2")[:3]
+    for command in ("train", "eval", "inspect"):
+        assert refused(cli(command, *task, "--model", "broken"), "broken", *words)
 
 
 def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, monkeypatch):
@@ -468,39 +831,39 @@ def test_auto_falls_back_to_the_bundled_model_when_the_hub_is_unreachable(cli, m
     monkeypatch.setattr(tokenrl, "pick_device", lambda device: next(devices, "cpu"))
     shutil.copytree(DEMO, "d/svamp")
     code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
-    assert code == 0 and "Qwen/Qwen2-1.5B cannot be trained here, so this is the bundled demo" in text
-    assert "neither a local folder nor could it be had from the hub" in text
+    assert code == 0 and "bundled demo" in text and "Qwen/Qwen2-1.5B" in text
 
 
-@pytest.mark.parametrize("message, sentence", [
-    ("[enforce fail] DefaultCPUAllocator: can't allocate memory", "Out of memory"),
-    ("some layer is not as it should be", "does not hold a model that can be loaded: some layer is not")])
-def test_only_what_cannot_be_reached_falls_back_to_the_bundled_model(cli, monkeypatch, message, sentence):
+@pytest.mark.parametrize(
+    "message, words",
+    [
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory", ["Out of memory"]),
+        ("some layer is not as it should be", ["no model", "some layer is not"]),
+    ],
+)
+def test_only_what_cannot_be_reached_falls_back(cli, monkeypatch, message, words):
     def fails(*_, **__):
         raise RuntimeError(message)
+
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
     monkeypatch.setattr(tokenrl, "pick_device", lambda device: "cuda")
+    monkeypatch.setattr(tokenrl, "fetch_model", lambda name: str(DEMO))
     shutil.copytree(DEMO, "d/svamp")
     code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
-    assert code == 1 and sentence in text and "bundled demo" not in text
+    assert refused((code, text), *words) and "bundled demo" not in text
 
 
 def test_the_bundled_model_runs_on_the_cpu_of_a_mac(cli, monkeypatch):
-    monkeypatch.setattr(tokenrl, "pick_device", lambda device: "mps" if device == "auto" else device)
+    monkeypatch.setattr(
+        tokenrl, "pick_device", lambda device: "mps" if device == "auto" else device
+    )
     code, text = cli("eval", "svamp", "--limit", "4")
     assert code == 0 and "/4)" in text
 
 
 def test_the_script_alone_has_no_bundled_model(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenrl, "DATA", tmp_path / "data")
-    code, text = cli("train", "svamp", "--device", "cpu")
-    assert code == 1 and "copy that folder with the script" in text
-
-
-def test_answers_that_are_cut_off_are_told(cli):
-    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", "2")
-    assert code == 0 and "100% were cut off at 2 tokens" in text
-    assert "were cut off" not in cli("train", "svamp", *FAST, "--steps", "1")[1]
+    assert refused(cli("train", "svamp", "--device", "cpu"), "demo", "copy")
 
 
 def test_auto_does_not_fall_back_where_the_data_is_wrong(cli, monkeypatch):
@@ -508,62 +871,72 @@ def test_auto_does_not_fall_back_where_the_data_is_wrong(cli, monkeypatch):
     shutil.copytree(DEMO, "d/svamp")
     Path("d/svamp/examples.jsonl").write_text('{"question": "q"}\n')
     code, text = cli("train", "svamp", *FAST, "--steps", "1", "--data-dir", "d")
-    assert code == 1 and "examples.jsonl line 1 lacks" in text and "demo" not in text
+    assert refused((code, text), "examples.jsonl line 1") and "demo" not in text
 
 
 def test_another_task_trains_a_local_model(cli, tmp_path):
     save_model(tmp_path / "model")
-    Path("own.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(9)))
-    assert cli("prep", "own.jsonl", "--data-dir", "d")[0] == 0
-    code, text = cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "model", "--temperature", "2")
+    problems = [tokenrl.Problem(f"{i}+1", str(i + 1)) for i in range(9)]
+    tokenrl.write_task("own", problems, [], 0.3, 0, Path("d"))
+    options = [*FAST, "--steps", "1", "--data-dir", "d", "--model", "model", "--temperature", "2"]
+    code, text = cli("train", "own", *options)
     assert code == 0 and "plain prompt" in text  # a base model: worked examples
-    command = "eval own --model merged --prompt auto --max-new-tokens 24 --reward number --data-dir d"
-    assert command in " ".join(cli("merge", "runs/own-s-grpo", "merged")[1].split())
-    assert cli(*command.split())[0] == 0
-    code, text = cli("eval", "own", "--data-dir", "d", "--adapter", "runs/own-s-grpo", "--model", DEMO)
-    assert code == 1 and "was made for model" in text
+    code, text = cli("merge", "runs/own-s-grpo", "merged")
+    assert code == 0 and "eval own --model merged" in text
+    command = text.split("python tokenrl.py ")[1].split()
+    assert cli(*command)[0] == 0
+    asked = ["--data-dir", "d", "--adapter", "runs/own-s-grpo", "--model", DEMO]
+    assert refused(cli("eval", "own", *asked), "made for model")
 
 
 def test_an_adapter_that_does_not_fit(cli, tmp_path):
     save_model(tmp_path / "a" / "model")
     save_model(tmp_path / "b" / "model", hidden_size=64)
-    Path("own.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(9)))
-    cli("prep", "own.jsonl", "--data-dir", "d")
-    assert cli("train", "own", *FAST, "--steps", "1", "--data-dir", "d", "--model", "a/model")[0] == 0
-    code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d", "--model", "b/model")
-    assert code == 1 and "does not fit" in text
+    problems = [tokenrl.Problem(f"{i}+1", str(i + 1)) for i in range(9)]
+    tokenrl.write_task("own", problems, [], 0.3, 0, Path("d"))
+    run = Path("runs/own-s-grpo")
+    options = [*FAST, "--steps", "1", "--data-dir", "d", "--model", "a/model"]
+    assert cli("train", "own", *options)[0] == 0
+    asked = ["eval", "own", "--adapter", run, "--data-dir", "d"]
+    assert refused(cli(*asked, "--model", "b/model"), "does not fit")
     Path("d").rename("moved")
-    assert cli("train", "own", "--resume", "runs/own-s-grpo", "--data-dir", "moved")[0] == 0
+    assert cli("train", "own", "--resume", run, "--data-dir", "moved")[0] == 0
     Path("moved").rename("d")
-    weights = Path("runs/own-s-grpo/adapter_model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:100])
-    code, text = cli("eval", "own", "--adapter", "runs/own-s-grpo", "--data-dir", "d")
-    assert code == 1 and "does not fit" in text
-    Path("runs/own-s-grpo/config.json").write_text('{"settings": {"model": "a/first.gguf"}}')
-    with pytest.raises(tokenrl.UserError, match="was made for a/first.gguf, not for a/second.gguf"):
-        tokenrl.load_adapter(random_model("qwen2"), Path("runs/own-s-grpo"), "x", "a/second.gguf")
     Path("nameless").mkdir()
-    for foreign, sentence in (("[]", "holds no adapter"),
-                              ('{"base_model_name_or_path": null}', "made for a model that it does not name"),
-                              ('{"base_model_name_or_path": 3}', "was made for 3"),
-                              ('{"base_model_name_or_path": "model"}', "does not fit a/model")):
+    for foreign, word in (
+        ("[]", "adapter_config.json"),
+        ('{"base_model_name_or_path": null}', "made for a model that it does not name"),
+        ('{"base_model_name_or_path": 3}', "made for 3"),
+        ('{"base_model_name_or_path": "model"}', "nameless"),
+    ):
         Path("nameless/adapter_config.json").write_text(foreign)
-        assert sentence in cli("eval", "own", "--adapter", "nameless", "--data-dir", "d", "--model", "a/model")[1]
-    for foreign in ("[]", "{"):
-        Path("runs/own-s-grpo/config.json").write_text(foreign)
-        assert "is not the config.json of a run" in cli("train", "own", "--resume", "runs/own-s-grpo")[1]
-    Path("runs/own-s-grpo/config.json").write_text("{}")
-    assert "not a run that can be resumed" in cli("train", "own", "--resume", "runs/own-s-grpo")[1]
+        asked = ["--adapter", "nameless", "--data-dir", "d", "--model", "a/model"]
+        assert refused(cli("eval", "own", *asked), word)
 
 
-def test_options_that_could_train_nothing(cli):
-    options = ["--max-grad-norm", "0", "--lora-targets", "q_proj, v_proj"]
-    assert cli("train", "svamp", *FAST, "--steps", "2", *options)[0] == 0
-    weights = transformers_weights(Path("runs/svamp-s-grpo"))
-    for target in ("q_proj", "v_proj"):
-        assert any(w.abs().max() > 0 for name, w in weights.items() if f"{target}.lora_B" in name)
-    config = json.loads(Path("runs/svamp-s-grpo/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (16, 32)
+@pytest.mark.parametrize("change", ["renamed", "missing", "nan", "more"])
+def test_an_adapter_with_other_keys_or_nan_is_refused(cli, change):
+    """peft fills what it does not find with an untrained adapter."""
+    run = one_step(cli, "one")
+    weights = weights_of(run)
+    first = min(weights)
+    if change == "nan":
+        weights[first][0] = torch.nan
+    elif change == "more":
+        weights["base_model.model.extra.lora_A.weight"] = torch.zeros(2, 2)
+    else:
+        moved = weights.pop(first)
+        if change == "renamed":
+            weights[first.replace("layers", "blocks")] = moved
+    safetensors.torch.save_file(weights, run / "adapter_model.safetensors")
+    for command in (
+        ["eval", "svamp", "--adapter", run],
+        ["inspect", "svamp", "--adapter", run],
+        ["merge", run, "out"],
+        ["train", "svamp", *FAST, "--adapter", run],
+    ):
+        assert refused(cli(*command), "runs/one", "finite" if change == "nan" else "fit")
+    assert not Path("out").exists()
 
 
 def test_a_float32_checkpoint_is_computed_in_float32(monkeypatch):
@@ -572,37 +945,21 @@ def test_a_float32_checkpoint_is_computed_in_float32(monkeypatch):
     assert tokenrl.pick_dtype("auto", "cuda", torch.bfloat16) == torch.bfloat16
 
 
-def test_eval_shows_types_as_they_are_and_writes_into_a_new_folder(cli):
-    problems = [tokenrl.Problem(f"{i}+1?", str(i + 1), kind) for i, kind in enumerate(["[b]", "[/b]"] * 9)]
-    tokenrl.write_task("kinds", problems, [], 0.7, 0, Path("d"))
-    code, text = cli("eval", "kinds", "--model", DEMO, "--data-dir", "d", "--output", "new/answers.jsonl")
-    assert code == 0 and "[b] (" in text and "[/b] (" in text and len(rows_of("new/answers.jsonl")) == 13
-    assert "new is a folder" in cli("eval", "kinds", "--model", DEMO, "--data-dir", "d", "--output", "new")[1]
-
-
-def test_an_adapter_may_lie_in_a_folder_called_base(cli):
-    assert cli("train", "svamp", *FAST, "--steps", "1")[0] == 0
-    Path("runs/svamp-s-grpo").rename("base")
-    code, text = cli("eval", "svamp", "--adapter", "base", "--limit", "4", "--output", "answers.jsonl")
-    assert code == 0 and {row["policy"] for row in rows_of("answers.jsonl")} == {"base", "base/"}
-
-
-def test_gguf_without_its_package(cli, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    shutil.copytree(DEMO, "d/svamp")
-    code, text = cli("train", "svamp", "--model", "model.gguf", "--data-dir", "d")
-    assert code == 1 and "pip install gguf" in text
-
-
-CHAT = ("{% for m in messages %}<|user|>{{ m.content }}<|turn|>{% endfor %}"
-        "{% if add_generation_prompt %}<|user|>{% endif %}")
+CHAT = (
+    "{% for m in messages %}<|user|>{{ m.content }}<|turn|>{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>{% endif %}"
+)
 
 
 def chat_tokenizer(template):
-    vocabulary = {"<|pad|>": 0, "<|end|>": 1, "<|user|>": 2, "<|turn|>": 3, "Hi": 4, "1+1?": 5, "2": 6, "2+2?": 7}
+    words = ["<|pad|>", "<|end|>", "<|user|>", "<|turn|>", "Hi", "1+1?", "2", "2+2?"]
+    vocabulary = {word: i for i, word in enumerate(words)}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|pad|>"))
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|end|>", additional_special_tokens=["<|user|>", "<|turn|>"])
+        tokenizer_object=raw,
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|turn|>"],
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -621,27 +978,42 @@ def test_models_with_a_switch_for_thinking_are_asked_without():
     assert tokenizer.decode(tokenrl.Policy(None, tokenizer, "chat").prompt_ids("1+1?")) == "2"
 
 
-def test_a_chat_template_that_refuses_the_prompt():
-    tokenizer = chat_tokenizer("{{ raise_exception('no turns, please') }}")
-    with pytest.raises(tokenrl.UserError, match="no turns, please.*--prompt plain"):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no turns, please') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content.x }}",
+        "{{ nothing.at.all }}",
+        "{% for",
+        "{{ 'x' * 1.5 }}",
+    ],
+)
+def test_a_chat_template_that_raises_anything(template):
+    tokenizer = chat_tokenizer(template)
+    with pytest.raises(tokenrl.UserError, match="--prompt plain"):
         tokenrl.Policy(None, tokenizer, "chat").prompt_ids("1+1?")
 
 
 def test_a_prompt_does_not_end_with_the_end_token():
     tokenizer = chat_tokenizer(None)
     tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A <|end|>", special_tokens=[("<|end|>", 1)])  # as Llama's do with add_eos_token
+        single="$A <|end|>", special_tokens=[("<|end|>", 1)]
+    )  # as Llama's do with add_eos_token
     assert tokenizer.encode("1+1?") == [5, 1]
     assert tokenrl.Policy(None, tokenizer, "{question}").prompt_ids("1+1?") == [5]
 
 
 def test_chat_prompt_holds_the_worked_examples_as_turns():
-    policy = tokenrl.Policy(None, chat_tokenizer(CHAT), "chat", [{"question": "1+1?", "answer": "2"}])
+    examples = [{"question": "1+1?", "answer": "2"}]
+    policy = tokenrl.Policy(None, chat_tokenizer(CHAT), "chat", examples)
     assert policy.prompt_ids("2+2?") == [2, 5, 3, 2, 6, 3, 2, 7, 3, 2]
 
 
-@pytest.mark.parametrize("template, ends, wanted", [
-    (None, [1], "plain"), (CHAT, [1], "plain"), (CHAT, [1, 3], "chat"), (CHAT, 3, "chat")])
+@pytest.mark.parametrize(
+    "template, ends, wanted",
+    [(None, [1], "plain"), (CHAT, [1], "plain"), (CHAT, [1, 3], "chat"), (CHAT, 3, "chat")],
+)
 def test_chat_prompt_only_for_models_that_end_their_turn(template, ends, wanted):
     tokenizer = chat_tokenizer(template)
     model = random_model("qwen2")
@@ -652,21 +1024,30 @@ def test_chat_prompt_only_for_models_that_end_their_turn(template, ends, wanted)
 def test_sliding_window_shorter_than_the_sequence_is_refused(cli, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
     config = transformers.Gemma3TextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=64, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=64,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
-    shutil.copytree(DEMO, "d/demo2")
-    code, text = cli("train", "demo2", "--model", "gemma", "--data-dir", "d", *FAST, "--max-new-tokens", "60")
-    assert code == 1 and "sliding window of 64" in text
+    task = small_task("demo2")[:3]
+    options = ["--model", "gemma", *FAST, "--max-new-tokens", "60"]
+    assert refused(cli("train", *task, *options), "sliding window of 64")
 
 
-# ---- help, start-up, output ----------------------------------------------------------------------------------------
-
-def test_help_needs_no_heavy_import():
-    code = "import sys, tokenrl; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    for command in ([], ["prep"], ["train"], ["eval"], ["inspect"], ["plot"], ["merge"]):
-        text = subprocess.run([sys.executable, "tokenrl.py", *command, "--help"], cwd=ROOT, capture_output=True,
-                              text=True, check=True).stdout
-        assert "Usage" in text
+def test_the_longest_question_is_found_by_tokens(cli):
+    """300 emojis are fewer characters than the longest question, but more tokens."""
+    task = small_task("mine")
+    rows = rows_of("d/mine/train.jsonl")
+    rows[3]["question"] = "\U0001f600" * 300
+    tokenrl.write_jsonl(Path("d/mine/train.jsonl"), rows)
+    assert refused(cli("train", *task, *FAST, "--steps", 2), "context", "--max-new-tokens")
+    assert not Path("runs").exists()

@@ -9,10 +9,11 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-import tokenrl
 from conftest import rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tokenrl
 
 ORDERS = Path(tokenrl.__file__).parent / "shared" / "data" / "answers" / "orders.csv"
 
