@@ -46,6 +46,14 @@ ARCHITECTURES = {
             **SHAPES, head_dim=8, sliding_window=64, final_logit_softcapping=3.0
         )
     ),
+    "granite": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            **SHAPES, logits_scaling=2.0, embedding_multiplier=3.0, attention_multiplier=0.2
+        )
+    ),
+    "cohere": lambda: transformers.CohereForCausalLM(
+        transformers.CohereConfig(**SHAPES, logit_scale=0.5)
+    ),
 }
 
 
@@ -53,6 +61,9 @@ class Words:
     """The part of a tokenizer that sampling needs: token n is the text "n "."""
 
     eos_token, eos_token_id = None, 1
+
+    def encode(self, text, **_):
+        return [int(word) for word in text.split()]
 
     def decode(self, ids, **_):
         return "".join(f"{i} " for i in ids)
