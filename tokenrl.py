@@ -4,35 +4,33 @@
 # ///
 """tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
 
-    python tokenrl.py train svamp                     # bundled demo on a laptop, Qwen2-1.5B on a GPU
-    python tokenrl.py train svamp --method t-spmo     # credit only where completions branch
+    python tokenrl.py train svamp                   # bundled demo on a laptop, Qwen2-1.5B on a GPU
+    python tokenrl.py train svamp --method t-spmo   # credit only where completions branch
     python tokenrl.py eval svamp --adapter runs/svamp-s-grpo
-    python tokenrl.py prep questions.csv              # your own questions and answers
+    python tokenrl.py prep questions.csv            # your own questions and answers
 
-Only a LoRA adapter is trained, there is no critic, and the gradient is spent on few of the sampled
-tokens (S-GRPO and T-SPMO, Lee & Tong 2025, arXiv 2504.20834). The idea that keeps this file small:
-sample a group of G completions of one prompt and put them into a trie, where a node is one token
-after one exact prefix. Every method is the same program with another credit function, which gives a
-weight to some of the nodes, and
+Only a LoRA adapter is trained, and the gradient is spent on few of the sampled tokens (S-GRPO and
+T-SPMO, Lee & Tong 2025, arXiv 2504.20834). The idea that keeps this file small: sample a group of
+G completions of one prompt and put them into a trie: a node is one token after one exact prefix. A
+method is a credit function, which gives weights to some of the nodes, and
 
     loss = - sum over weighted nodes n of  weight(n) * log pi(token(n) | prefix(n))
 
-    GRPO    sum over completions i through n of  A_i / (G * len_i),  A_i = (R_i - mean R) / (std R + eps)
+    GRPO    sum over completions i through n of  A_i / (G * len_i),
+            A_i = (R_i - mean R) / (std R + eps)
     S-GRPO  the same over a random subset T_i of positions: t < alpha always, each later one with
             probability p while there are fewer than k
     T-SPMO  mean R of the completions through n - mean R of those through its parent, / number of
             nodes with credit; times pi(n), which makes its term one of pi instead of log pi
 
-Only ancestors of weighted nodes need a forward pass and only their parents need logits, so the
-prompt and the needed nodes go through the model as ONE sequence in which each token sees its
-ancestors. That is exact, not approximate.
+Only ancestors of weighted nodes need a forward pass and only their parents need logits. They go
+through the model, after the prompt, as ONE sequence where each token sees its ancestors: exactly.
 
-What is left out: no critic and no reward model, no second copy of the model (the optional KL term
-reads the same one with its adapter switched off), no old policy and no clipping (one update per
-rollout is exactly on-policy; instead no step moves the policy further than --target-kl).
+Left out: critic, reward model, a second copy of the model (the KL term switches the adapter off),
+old policy and clipping (one update per rollout is on-policy, and --target-kl limits each step).
 
-The file reads in the order in which the data flows:
-    problem -> prompt -> G completions -> rewards -> trie -> weights -> packed forward -> loss -> step
+The file reads as the data flow: problem -> prompt -> G completions -> rewards -> trie -> weights ->
+packed forward -> loss -> step.
 """
 
 import contextlib
@@ -57,11 +55,11 @@ import sys
 import time
 import urllib.request
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
 from fnmatch import fnmatch
+from fractions import Fraction
 from functools import partial
 from itertools import groupby
 from multiprocessing.pool import ThreadPool
@@ -92,9 +90,8 @@ class _Lazy:
 torch, transformers, peft = _Lazy("torch"), _Lazy("transformers"), _Lazy("peft")
 accelerate, numpy = _Lazy("accelerate"), _Lazy("numpy")
 filelock, safetensors = _Lazy("filelock"), _Lazy("safetensors.torch")
-# The user's text can hold what rich takes for markup.
-AS_IT_IS = {"markup": False, "emoji": False, "highlight": False}
-console, errors = (Console(stderr=stderr, **AS_IT_IS) for stderr in (False, True))
+AS_IT_IS = {"markup": False, "emoji": False, "highlight": False}  # the user's text is no markup
+console, errors = Console(**AS_IT_IS), Console(stderr=True, **AS_IT_IS)
 
 
 class UserError(Exception):
@@ -121,6 +118,7 @@ def out_of_memory(error: Exception) -> bool:
 # ---- 1. Settings: every option of train, eval and inspect, once ---------------------------------
 
 DATA = Path(__file__).resolve().parent / "data"
+ALL, TRAIN, SHOW, ASK = "train eval inspect", "train", "train inspect", "train eval"
 app = typer.Typer(
     help="Teach a language model to reason by reinforcement learning on a few sampled tokens.",
     no_args_is_help=True,
@@ -128,40 +126,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ALL, TRAIN, SHOW, ASK = "train eval inspect", "train", "train inspect", "train eval"
 
 
-def option(default, help: str, panel: str, on: str = ALL, *names, low=None, high=None, shown=True):
+def option(default, help: str, panel: str, on: str = ALL, *names, low=0, high=1e9, shown=True):
     """A field of Settings that is an option of the commands named in `on`."""
-    kind = {int: "N", float: "X", Path: "PATH"}.get(
-        type(default), None if default is False else "TEXT"
-    )
-    info = typer.Option(*names, help=help, rich_help_panel=panel, show_default=shown, metavar=kind)
-    return field(
-        default=default, metadata={"info": info, "on": on.split(), "low": low, "high": high}
-    )
+    info = typer.Option(*names, help=help, rich_help_panel=panel, show_default=shown)
+    return field(default=default, metadata={"info": info, "on": on.split(), "range": (low, high)})
 
 
 @dataclass
 class Settings:
-    """What a model is asked, how it is trained, and where things are. A run's config.json holds it."""
+    """How a model is asked and trained, and where things are. A run's config.json holds it."""
 
     task: str = ""
-    model: str = option("auto", "Hub id, folder, or demo; auto: Qwen2-1.5B, or demo.", "Main")
+    model: str = option("auto", "Hub id or folder; auto: Qwen2-1.5B, or demo.", "Main")
     method: str = option("s-grpo", "s-grpo, t-spmo, grpo, FILE.py:function.", "Main", SHOW)
     steps: int = option(100, "Training steps.", "Main", TRAIN, low=1)
-    lr: float = option(
-        1e-3, "Peak learning rate; warms up, then decays.", "Main", TRAIN, low=0, high=1e20
-    )
-    start_from: str = option(
-        "", "Start from the adapter of this run.", "Main", TRAIN, "--adapter", shown="none"
-    )
-    seed: int = option(0, "Of problems, samples, adapter.", "Main", low=0, high=2**32 - 1)
+    lr: float = option(1e-3, "Peak learning rate; warms up, decays.", "Main", TRAIN, high=1e20)
+    start_from: str = option("", "Run to go on from.", "Main", TRAIN, "--adapter", shown="none")
+    seed: int = option(0, "Of problems, samples, adapter.", "Main", high=2**32 - 1)
 
-    alpha: int = option(4, "s-grpo: train the first N tokens,", "Credit", SHOW, low=0)
-    p: float = option(0.3, "later ones with this probability,", "Credit", SHOW, low=0, high=1)
-    k: int = option(0, "and at most N of a completion; 0: all.", "Credit", SHOW, low=0)
-    replay: int = option(0, "Extra groups from inside completions.", "Credit", TRAIN, low=0)
+    alpha: int = option(4, "s-grpo: train the first N tokens,", "Credit", SHOW)
+    p: float = option(0.3, "later ones with this probability,", "Credit", SHOW, high=1)
+    k: int = option(0, "and at most N of a completion; 0: all.", "Credit", SHOW)
+    replay: int = option(0, "Extra groups from inside completions.", "Credit", TRAIN)
 
     prompts_per_step: int = option(8, "Problems asked per step.", "Rollout", TRAIN, low=1)
     group_size: int = option(8, "Completions per problem (G).", "Rollout", SHOW, low=2)
@@ -169,26 +157,24 @@ class Settings:
     temperature: float = option(1.0, "Of the samples.", "Rollout", low=0.01, high=100)
     batch_rows: int = option(64, "Completions decoded at a time.", "Rollout", low=1)
     prompt: str = option("auto", "auto, chat, plain, or a {question} file.", "Rollout")
-    shots: int | None = option(None, "Worked examples.", "Rollout", low=0, shown="all")
+    shots: int | None = option(None, "Worked examples.", "Rollout", shown="all")
     stop: str = option("", "Text that ends a completion too.", "Rollout", shown="none")
 
-    target_kl: float = option(0.003, "Largest KL of a step; 0: no limit.", "Update", TRAIN, low=0)
-    beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN, low=0)
+    target_kl: float = option(0.003, "Largest KL of a step; 0: no limit.", "Update", TRAIN)
+    beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN)
     lora_rank: int = option(16, "Rank of the LoRA matrices.", "Update", TRAIN, low=1)
-    lora_alpha: float = option(32.0, "Scale: alpha / rank.", "Update", TRAIN, low=0)
+    lora_alpha: float = option(32.0, "Scale: alpha / rank.", "Update", TRAIN)
     lora_targets: str = option("all-linear", "Modules, with commas.", "Update", TRAIN)
     lora_layers: float = option(
         1 / 3, "Share of layers, from the last.", "Update", TRAIN, low=1e-3, high=1, shown="1/3"
     )
     max_pack_tokens: int = option(1024, "Tokens in one forward pass.", "Update", TRAIN, low=1)
 
-    validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN, low=0)
+    validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN)
     patience: int = option(5, "Validations without gain before the end.", "Run", TRAIN, low=1)
     save_every: int = option(10, "Steps between saves.", "Run", TRAIN, low=1)
-    eval_problems: int | None = option(
-        None, "Test problems before and after.", "Run", TRAIN, low=0, shown="all"
-    )
-    eval_samples: int = option(0, "Samples of each, for pass@k.", "Run", TRAIN, low=0)
+    eval_problems: int | None = option(None, "Test problems asked.", "Run", TRAIN, shown="all")
+    eval_samples: int = option(0, "Samples of each, for pass@k.", "Run", TRAIN)
 
     reward: str = option("number", "number, exact, regex:..., FILE.py:function.", "Data")
     metric: str = option("", "A KPI to report too; same forms.", "Data", ASK, shown="none")
@@ -197,25 +183,22 @@ class Settings:
     dtype: str = option("auto", "auto, float32, bfloat16, float16.", "Machine")
 
 
+def flag(key: str) -> str:
+    """The option of a field of Settings."""
+    return "--adapter" if key == "start_from" else "--" + key.replace("_", "-")
+
+
 def check_settings(settings: Settings) -> None:
-    """Raise for a value of the wrong type or out of range, from a command line or a config.json."""
+    """Raise for a value of a wrong type or out of range, on a command line or in a config.json."""
     for item in fields(Settings):
         value, kinds = getattr(settings, item.name), get_args(item.type) or (item.type,)
-        low, high = item.metadata.get("low"), item.metadata.get("high") or math.inf
-        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-        if fits and low is not None and value is not None:
-            fits = (
-                low <= value <= high < math.inf or low <= value < high
-            )  # and neither NaN nor infinity
-        if not fits or isinstance(value, bool):
-            limits = (
-                ""
-                if low is None
-                else f", at least {low}" + f" and at most {high}" * (high < math.inf)
-            )
-            raise UserError(
-                f"--{item.name.replace('_', '-')} {value} must be a {kinds[0].__name__}{limits}."
-            )
+        fits, wanted = isinstance(value, kinds), kinds[0].__name__
+        if kinds[0] in (int, float):
+            low, high = item.metadata["range"]
+            fits = type(value) in (int, *kinds) and (value is None or low <= value <= high)
+            wanted += f" from {low:g} to {high:g}"
+        if not fits:
+            raise UserError(f"{flag(item.name)} {value} is not of type {wanted}.")
 
 
 # What Unicode, Markdown and LaTeX spell in many ways gets one spelling, in this order.
@@ -723,7 +706,7 @@ def fetch_model(name: str) -> str:
 
 @dataclass
 class Policy:
-    """What it takes to ask and to train: the model with its tokenizer, and the form of the prompt."""
+    """A model, how it is asked and how its completions are scored."""
 
     model: object
     tokenizer: object
@@ -740,10 +723,11 @@ class Policy:
 
     def prompt_ids(self, question: str) -> list[int]:
         if self.prompt == "chat":
-            turns = [(row["question"], row["answer"]) for row in self.examples]
-            texts = [text for turn in turns for text in turn] + [question]
-            roles = ["user", "assistant"] * len(texts)
-            turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+            turns = []
+            for row in self.examples:
+                turns.append({"role": "user", "content": row["question"]})
+                turns.append({"role": "assistant", "content": row["answer"]})
+            turns.append({"role": "user", "content": question})
             return chat_ids(self.tokenizer, turns, add_generation_prompt=True)
         text = self.prompt.replace("{question}", question)
         if self.prompt == "plain":
@@ -753,25 +737,24 @@ class Policy:
         if begin and text.startswith(begin):  # a template may hold it itself
             return self.tokenizer.encode(text, add_special_tokens=False)
         ids = self.tokenizer.encode(text)
-        # Some tokenizers append their end token, after which there is nothing to be said.
-        appended = end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end)
-        return ids[:-1] if appended else ids
+        if end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end):
+            ids.pop()  # some tokenizers append it, and nothing follows an end
+        return ids
 
     def text(self, completion: list[int]) -> str:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
         return text.split(self.stop)[0] if self.stop else text
 
     def finished(self, completion: list[int]) -> bool:
-        """Whether the completion ended by itself; else it was cut off at max_new_tokens."""
+        """Whether it ended by itself; else it was cut off at max_new_tokens."""
         if completion[-1] in end_tokens(self.model, self.tokenizer):
             return True
         return bool(self.stop) and self.stop in self.tokenizer.decode(completion)
 
     def reward(self, problem: Problem, completion: list[int]) -> float:
-        """The score, but nothing for a completion that was cut off: or nothing would teach the
-        model to stop, and completions drift to the limit."""
-        done = self.finished(completion)
-        return self.score(self.text(completion), problem.answer) if done else 0.0
+        if not self.finished(completion):  # or nothing would teach the model to stop
+            return 0.0
+        return self.score(self.text(completion), problem.answer)
 
 
 def is_right(reward: float) -> bool:
@@ -779,21 +762,21 @@ def is_right(reward: float) -> bool:
 
 
 def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
-    """The conversation as the tokenizer's chat template writes it, without the long thoughts of
-    models that have a switch for them: here thinking has to fit into max_new_tokens."""
+    options |= {"return_dict": False, "enable_thinking": False}  # long thoughts would be cut off
     try:
-        return tokenizer.apply_chat_template(
-            turns, return_dict=False, enable_thinking=False, **options
-        )
+        return tokenizer.apply_chat_template(turns, **options)
     except Exception as error:  # a template is a program
-        raise UserError(
-            f"This model's chat template refuses the prompt ({first_line(error)}); try --prompt plain."
-        ) from None
+        raise UserError(f"Chat template: {first_line(error)}; use --prompt plain.") from None
+
+
+def processes(cpu: bool = False):
+    """What accelerate knows of this process and the others; the first call picks the device."""
+    return accelerate.PartialState(cpu=cpu or not torch.accelerator.is_available())
 
 
 def pick_device(device: str) -> str:
     """The device to compute on; under torchrun or accelerate launch, that of this process."""
-    state = accelerate.PartialState(cpu=device == "cpu")
+    state = processes(device == "cpu")
     if device == "auto" or state.num_processes > 1:
         return str(state.device)
     try:
@@ -804,10 +787,11 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str, stored):
-    """The dtype to compute in; `stored` is the checkpoint's own. auto: float32 for a checkpoint in
-    float32; for others bfloat16 where the hardware multiplies it, float16 on other CUDA cards."""
-    if dtype != "auto":
+    """The dtype to compute in. auto: 16 bits, except if `stored` in 32 or where they are slow."""
+    if dtype in ("float32", "bfloat16", "float16"):
         return getattr(torch, dtype)
+    if dtype != "auto":
+        raise UserError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16.")
     if stored == torch.float32:
         return torch.float32
     if device.startswith("cuda"):
@@ -838,7 +822,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         kind = pick_dtype(dtype, device, stored_dtype(folder))
         model, found = load(folder, dtype=kind, output_loading_info=True)
     except Exception as error:  # broken files end in errors of many kinds
-        if out_of_memory(error):
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
     if found["missing_keys"]:  # transformers fills them with random numbers
@@ -848,16 +832,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     check_finite(model.named_parameters(), name)
     if not is_bundled(name):
         model.name_or_path = name  # what adapters are said to be made for
-    model.eval()  # no dropout: the log-probs that are trained must be those that were sampled from
+    model.eval()  # no dropout: train the log-probs that were sampled from
     return model.to(device), tokenizer
 
 
 def check_finite(weights, name) -> None:
     for key, weight in weights:
         if not torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).isfinite():
-            raise UserError(
-                f"{name} holds numbers that are not finite (NaN or infinity), in {key}."
-            )
+            raise UserError(f"{name} holds numbers that are not finite, in {key}.")
 
 
 def base_of(model):
@@ -866,8 +848,7 @@ def base_of(model):
 
 
 def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
-    """LoRA on `targets` (all-linear: every matrix) of the last `layer_share` of the layers; those
-    below store no activations."""
+    """LoRA on the last `layer_share` of the layers; those below store no activations."""
     stack = base_of(model).get_decoder().layers
     leaves = [(name.rpartition(".")[2], module) for name, module in stack.named_modules()]
     linear = sorted({name for name, module in leaves if isinstance(module, torch.nn.Linear)})
@@ -875,31 +856,25 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     for target in wanted:  # peft complains only when it finds none of them
         if target not in dict(leaves):
             raise UserError(
-                f"--lora-targets: the layers have no module {target!r}, and nothing outside of them "
-                f"is trained; use all-linear, or some of {', '.join(linear)}."
+                f"--lora-targets: the layers have no module {target!r}; use all-linear, or some of "
+                f"{', '.join(linear)}."
             )
     first = len(stack) - max(1, round(len(stack) * layer_share))
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=wanted,
-        task_type="CAUSAL_LM",
-        layers_to_transform=list(range(first, len(stack))),
-    )
+    options = {"r": rank, "lora_alpha": alpha, "target_modules": wanted, "task_type": "CAUSAL_LM"}
+    options["layers_to_transform"] = list(range(first, len(stack)))
     try:
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, peft.LoraConfig(**options))
     except ValueError as error:
         raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
 
 
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
-    """The model, which the user named `given`, with one more adapter from a run's folder, if it was
-    made for it."""
+    """The model, which the user calls `given`, with the adapter of a run's folder."""
     made_for, path = adapter_settings(folder)["model"], folder / "adapter_model.safetensors"
     if Path(made_for).name != Path(given).name:
         raise UserError(f"{folder} was made for {made_for}, not for {given}; give its --model.")
     if not path.is_file():  # peft would ask the hub for it
-        raise UserError(f"{folder} holds no adapter in safetensors' format (no {path.name}).")
+        raise UserError(f"{folder} holds no adapter (no {path.name}).")
     options = {"adapter_name": name, "is_trainable": trainable}
     options["torch_device"] = str(base_of(model).device)
     try:
@@ -907,9 +882,9 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
             model.load_adapter(str(folder), **options)
         else:
             model = peft.PeftModel.from_pretrained(model, str(folder), **options)
-        found, own = safetensors.load_file(path), {"save_embedding_layers": False}
-        wanted = peft.get_peft_model_state_dict(model, adapter_name=name, **own)
-        if strange := found.keys() ^ wanted.keys():
+        found = safetensors.load_file(path)
+        wanted = peft.get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
+        if strange := found.keys() ^ wanted.keys():  # peft would only warn
             raise ValueError(f"{min(strange)} is on one side only")
     except Exception as error:  # other people's files
         raise UserError(f"{folder} does not fit {given}: {first_line(error)}") from None
@@ -918,7 +893,7 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
 
 
 def save_checkpoint(thing, folder: Path, **options) -> None:
-    """save_pretrained, with the files' usual permissions: safetensors keeps its own to the owner."""
+    """save_pretrained with the usual permissions: safetensors lets only the owner read."""
     thing.save_pretrained(str(folder), **options)
     os.umask(mask := os.umask(0))
     for path in folder.glob("*.safetensors"):
@@ -930,29 +905,24 @@ def end_tokens(model, tokenizer=None) -> set[int]:
     base, found = base_of(model), set()
     generation = getattr(base, "generation_config", None)
     for knows in (generation, base.config.get_text_config(), tokenizer):
-        value = getattr(knows, "eos_token_id", None)
-        found.update(value if isinstance(value, (list, tuple)) else [value])
+        ids = getattr(knows, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids])
     return found - {None}
 
 
 def choose_prompt(option: str, model, tokenizer) -> str:
-    """ "chat", "plain", or the text of a template. auto: the model folder's prompt.txt if there is
-    one, else chat for chat models. Base checkpoints ship chat templates too, so a chat model is one
-    that also stops, by its own configuration, where its template ends a turn."""
-    own, template = (
-        Path(tokenizer.name_or_path) / "prompt.txt",
-        getattr(tokenizer, "chat_template", None),
-    )
-    if option == "auto" and own.is_file() and (own.parent / "config.json").is_file():
+    """chat, plain, or the text of a template. auto: prompt.txt in the model's folder, else chat if
+    the model stops where its chat template ends a turn; a base model can have a template too."""
+    template = getattr(tokenizer, "chat_template", None)
+    own = Path(tokenizer.name_or_path, "prompt.txt")
+    if option == "auto" and own.is_file() and own.with_name("config.json").is_file():
         option = str(own)
     if option == "auto":
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
         chats = template and end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:])
         option = "chat" if chats else "plain"
     if option == "chat" and not template:
-        raise UserError(
-            "This model's tokenizer has no chat template; use --prompt plain, or a file."
-        )
+        raise UserError("This model has no chat template; use --prompt plain, or a file.")
     if option in ("chat", "plain"):
         return option
     if "{question}" not in (text := read_text(Path(option))):
@@ -961,23 +931,22 @@ def choose_prompt(option: str, model, tokenizer) -> str:
 
 
 def peak_memory(device, reset: bool = False) -> int:
-    """Peak memory in bytes since the last reset: what torch reserved of a CUDA card; on the CPU the
-    whole process (a reset needs Linux); on MPS what the driver holds now. 0 where it cannot be read.
-    """
+    """Peak bytes since the last reset, 0 if unknown: reserved on a CUDA card, held now on MPS, else
+    of the whole process, which only Linux can reset."""
     kind = torch.device(device).type
     if kind == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
         if reset:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_reserved(device)
+        return peak
     if kind == "mps":
         return torch.mps.driver_allocated_memory()
-    if reset:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
     with contextlib.suppress(OSError, TypeError):  # some containers do not tell
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(peak[1]) * 1024
     with contextlib.suppress(ImportError):  # Windows has no such module; macOS counts bytes
         usage = importlib.import_module("resource").getrusage(0).ru_maxrss
         return usage * (1 if sys.platform == "darwin" else 1024)
@@ -985,21 +954,21 @@ def peak_memory(device, reset: bool = False) -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, which glibc's malloc would keep; elsewhere nothing."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    """Give freed memory back to the system, which glibc's malloc would keep."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_model(model, tokenizer) -> None:
-    """Refuse a model that cannot be sampled from and trained exactly here: one that ignores masks or
-    positions (recurrent ones, say), or changes its logits in a way of its own."""
+    """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
+    do, or changes its logits in a way of its own."""
     base = base_of(model)
     try:
         logits, drawn, packed, noise = deviations(model, tokenizer)
         limit = 1e-3 if base.dtype == torch.float32 else 1.5 * noise
-        fault = f"logits differ by {logits:.2g}, log-probs by {drawn:.2g} and {packed:.2g}"
         if logits < 0.01 and drawn < limit and packed < limit:
             return
+        fault = f"logits differ by {logits:.2g}, log-probs by {drawn:.2g} and {packed:.2g}"
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
@@ -1011,63 +980,59 @@ def check_model(model, tokenizer) -> None:
 
 
 def deviations(model, tokenizer) -> tuple[float, ...]:
-    """How far our logits are from the model's own (relative), and from the log-probs of a plain pass
-    (root mean squares) those of tokens as they were drawn, as packed, and of a plain pass with noise
-    behind each layer, as much as rounding adds there."""
+    """How far our logits are from the model's own (relative), and from a plain pass's log-probs
+    (root mean square) those of sampling, of packing, and of a pass with noise like rounding's."""
     base, rng = base_of(model), random.Random(0)
     size = min(len(tokenizer), base.config.get_text_config().vocab_size)
     ids = [rng.randrange(size) for _ in range(30)]
     prompts = [ids[:17], ids[:3] + ids[17:]]
     options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
-    groups, _, drawn = sample(model, tokenizer, prompts, 5, **options)
+    groups, _, stats = sample(model, tokenizer, prompts, 5, **options)
     epsilon, generator = torch.finfo(base.dtype).eps / 4, torch.Generator().manual_seed(0)
 
     def add_noise(module, args, output):
         hidden = output[0] if isinstance(output, tuple) else output
         hidden.mul_(1 + epsilon * torch.randn(hidden.shape, generator=generator).to(hidden))
 
-    found: list[list] = [[], [], [], []]  # log-probs: plain, as drawn, packed, with noise
-    for prompt, group, logprobs in zip(prompts, groups, drawn):
-        trie, longest = Trie(group), max(map(len, group))
-        padded = [prompt + completion + [0] * (longest - len(completion)) for completion in group]
-        inputs = torch.tensor(padded, device=base.device)
+    def plain_pass(inputs, start, group):
+        logits = base(input_ids=inputs).logits.float()
+        parts = [row[start : start + len(c)].log_softmax(-1) for row, c in zip(logits, group)]
+        return logits, torch.cat([p[range(len(c)), c] for p, c in zip(parts, group)]).cpu()
+
+    gaps = []
+    for prompt, group, logprobs in zip(prompts, groups, stats):
+        trie, rows = Trie(group), [torch.tensor(prompt + completion) for completion in group]
+        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base.device)
         with torch.inference_mode():
-            plain = base(input_ids=inputs).logits.float()
-            own = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
-            packed = packed_logprobs(model, prompt, trie, range(len(trie.tokens)))
+            theirs, wanted = plain_pass(inputs, len(prompt) - 1, group)
+            ours = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
+            nodes = packed_logprobs(model, prompt, trie, range(len(trie.tokens)))
             hooks = [layer.register_forward_hook(add_noise) for layer in base.get_decoder().layers]
-            noisy = base(input_ids=inputs).logits.float()
+            _, noisy = plain_pass(inputs, len(prompt) - 1, group)
             for hook in hooks:
                 hook.remove()
-        for i, completion in enumerate(group):
-            for part, logits in ((0, plain), (3, noisy)):
-                rows = logits[i, len(prompt) - 1 :][: len(completion)].log_softmax(-1)
-                found[part] += rows[range(len(completion)), completion].tolist()
-            found[1] += logprobs[i]
-            found[2] += packed[trie.paths[i]].tolist()
-    wanted, *others = torch.tensor(found)
-    gaps = [(other - wanted).pow(2).mean().sqrt().item() for other in others]
-    return ((own - plain).norm() / plain.norm()).item(), *gaps
+        packed = nodes.cpu()[sum(trie.paths, [])]
+        gaps.append(torch.stack([torch.tensor(sum(logprobs, [])), packed, noisy]) - wanted)
+    means = torch.cat(gaps, 1).pow(2).mean(1).sqrt().tolist()
+    return ((ours - theirs).norm() / theirs.norm()).item(), *means
 
 
 # ---- 4. Rollout: sampling groups of completions -------------------------------------------------
 
 SAMPLED_ROWS = 48  # of [vocabulary] logits at a time: with 152k tokens below malloc's 32 MiB
-BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32; see draw
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32
 
 
 @dataclass
 class Rollout:
-    """One group: a problem, its prompt (with the prefix that a replay starts from), the completions,
-    their rewards and, for each token, the entropy (nats) of the distribution that it was drawn from
-    and its log-prob there."""
+    """A group of completions; `prompt` ends with the prefix that a replay starts from."""
 
     problem: Problem
     prompt: list[int]
     completions: list[list[int]]
     rewards: list[float]
-    entropies: list[list[float]] | None = None
-    logprobs: list[list[float]] | None = None
+    entropies: list[list[float]] | None = None  # of what each token was drawn from, in nats
+    logprobs: list[list[float]] | None = None  # of each token there
 
     @property
     def has_signal(self) -> bool:
@@ -1087,39 +1052,36 @@ def logits_of(model, hidden):
 
 
 def draw(logits, temperature: float, generator):
-    """One token a row of `logits` [rows, V] (overwritten) from softmax(logits / temperature), that
-    distribution's entropy in nats, and the token's log-prob in it: three tensors [rows]. At
-    temperature 0 the most likely token, with the numbers of temperature 1. Token -1 where logits
-    are NaN. On a CPU the cumulative distribution is inverted, first over blocks of the vocabulary,
-    in float64, then within one: torch.multinomial is slower there than the model."""
+    """(tokens, entropies, log-probs) [rows] from softmax(logits / temperature), with `logits`
+    [rows, V] overwritten. Temperature 0: the most likely token, and the numbers of temperature 1.
+    Token -1 where logits are NaN."""
     scores = logits.div_(temperature or 1.0).clamp_(min=-1e30)  # 0 * -inf would be NaN below
     probs = scores.softmax(-1)
     if temperature == 0:
         tokens = scores.argmax(-1)
     elif logits.device.type == "cpu":
-        blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(
-            1, (-1, BLOCK)
-        )
-        sums = blocks.sum(-1).double()  # [rows, V / BLOCK]
-        ends = sums.cumsum(-1)
-        chance = 1 - torch.rand(
-            len(logits), 1, generator=generator, dtype=torch.float64
-        )  # in (0, 1]
-        at = chance * ends[:, -1:]
-        block = torch.searchsorted(ends, at).clamp_(max=ends.shape[1] - 1)
-        into = 1 - (ends.gather(1, block) - at) / sums.gather(
-            1, block
-        )  # share of the block, (0, 1]
-        within = blocks[torch.arange(len(blocks)), block[:, 0]].double().cumsum(-1)  # [rows, BLOCK]
-        inner = torch.searchsorted(within, into * within[:, -1:]).clamp_(max=BLOCK - 1)
-        tokens = (block * BLOCK + inner)[:, 0].clamp_(max=probs.shape[1] - 1)
+        tokens = _invert(probs, generator)
     else:  # an exponential race, since a sum in parallel need not grow steadily
-        noise = torch.empty_like(probs).exponential_(generator=generator)
-        tokens = (probs / noise).argmax(-1)
+        tokens = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
     logps = probs.gather(1, tokens[:, None])[:, 0].log()
     log_total = scores.gather(1, tokens[:, None])[:, 0] - logps  # of exp(scores)
     entropies = log_total - torch.linalg.vecdot(probs, scores)
     return torch.where(entropies.isfinite(), tokens, -1), entropies.clamp_(min=0), logps
+
+
+def _invert(probs, generator):
+    """Draw by inverting the cumulative distribution in float64, first over blocks, then within one:
+    on a CPU torch.multinomial is slower than the model."""
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(-1).double()  # [rows, V / BLOCK]
+    ends = sums.cumsum(-1)
+    chance = 1 - torch.rand(len(probs), 1, generator=generator, dtype=torch.float64)  # in (0, 1]
+    at = chance * ends[:, -1:]
+    block = torch.searchsorted(ends, at).clamp_(max=ends.shape[1] - 1)
+    share = 1 - (ends.gather(1, block) - at) / sums.gather(1, block)  # of the block, in (0, 1]
+    within = blocks[torch.arange(len(blocks)), block[:, 0]].double().cumsum(-1)  # [rows, BLOCK]
+    inner = torch.searchsorted(within, share * within[:, -1:]).clamp_(max=BLOCK - 1)
+    return (block * BLOCK + inner)[:, 0].clamp_(max=probs.shape[1] - 1)
 
 
 def sample(
@@ -1139,11 +1101,10 @@ def sample(
 ):
     """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
 
-    Drawn from softmax(logits / temperature) and nothing else (temperature 0: the most likely token).
-    A completion ends with, and keeps, the first token in `ends` (default: all that the model or
-    tokenizer knows), the token that completes the text `stop`, or that at `max_new_tokens`. It
-    begins with the prompt's entry in `prefixes`, which counts for both and is not returned. At most
-    `rows` at a time. `with_stats`: (completions, entropies, logprobs), nested alike; see draw.
+    A completion ends with a token in `ends` (default: all that model or tokenizer know), one that
+    completes the text `stop`, or that at `max_new_tokens`. It continues its prompt's entry in
+    `prefixes`, which counts but is not returned. At most `rows` at a time. `with_stats`:
+    (completions, entropies, logprobs), nested alike; see draw.
     """
     ends = end_tokens(model, tokenizer) if ends is None else ends
     prefixes = prefixes or [[]] * len(prompts)
@@ -1158,42 +1119,42 @@ def sample(
 
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike: little padding
-    result: list[list] = [[] for _ in prompts]
+    results = tuple([[] for _ in prompts] for _ in range(3))
     width = max(1, rows // group_size)
     with torch.inference_mode():
         for first in range(0, len(order), width):
             for done in range(0, group_size, rows):
                 count = min(rows, group_size - done)
                 owners = [i for i in order[first : first + width] for _ in range(count)]
-                drawn = _decode(model, starts, owners, ended, temperature, generator)
-                for i, completion in zip(owners, drawn):
-                    result[i].append(completion)
-    parts = [[[completion[k] for completion in group] for group in result] for k in range(3)]
-    return tuple(parts) if with_stats else parts[0]
+                decoded = _decode(model, starts, owners, ended, temperature, generator)
+                for i, parts in zip(owners, decoded):
+                    for result, part in zip(results, parts):
+                        result[i].append(part)
+    return results if with_stats else results[0]
 
 
 def _prefill(base, prompts: list[list[int]]):
-    """Compute prompts as one batch, padded on the left: (cache, final hidden state [B, width] of
-    each prompt, which places of the cache hold tokens [B, P]). What all begin with (the worked
-    examples) is computed once and repeated."""
-    cache = transformers.DynamicCache(config=base.config)
+    """Compute prompts as a batch: (cache, final hidden states [B, width], which places of the cache
+    hold tokens [B, P]). What all begin with (the worked examples) is computed once and repeated."""
+    cache = transformers.DynamicCache()  # with the config a sliding layer drops the first places
     shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
     if shared:
         ids = torch.tensor([shared], device=base.device)
         base.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
     rests = [prompt[len(shared) :] for prompt in prompts]
-    longest = rounded(max(map(len, rests)))
+    longest = max(map(len, rests))
+    if not getattr(base.config.get_text_config(), "sliding_window", None):  # padding counts there
+        longest = rounded(longest)
     ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=base.device)
     visible = torch.ones(len(rests), len(shared) + longest, dtype=torch.bool, device=base.device)
     for row, rest in zip(visible, rests):
-        row[len(shared) : len(shared) + longest - len(rest)] = False
-    hidden = _step(base, cache, ids, visible)
-    return cache, hidden, visible
+        row[len(shared) : len(shared) + longest - len(rest)] = False  # padding
+    return cache, _step(base, cache, ids, visible), visible
 
 
 def _step(base, cache, ids, visible):
-    """Final hidden states [B, width] of the last of `ids` [B, n], which come after what is cached."""
+    """Final hidden states [B, width] of the last of `ids` [B, n], which follow what is cached."""
     positions = (visible.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if ids.shape[1] == 1:
         visible = blocked(~visible, base.dtype)[:, None, None]
@@ -1208,27 +1169,25 @@ def _step(base, cache, ids, visible):
 
 
 def _decode(model, starts, owners: list[int], ended: Callable, temperature: float, generator):
-    """One completion for each of `owners` (numbers of `starts`, equal ones together) as three lists:
-    tokens, entropies, log-probs. Each start is computed once, and repeated for its group."""
+    """(tokens, entropies, log-probs) of a completion for each of `owners`, indices of `starts`.
+    Each start is computed once, and repeated for its group."""
     base, unique = base_of(model), list(dict.fromkeys(owners))
     cache, hidden, visible = _prefill(base, [starts[i] for i in unique])
     count = len(owners) // len(unique)
     cache.batch_repeat_interleave(count)
     hidden, visible = hidden.repeat_interleave(count, 0), visible.repeat_interleave(count, 0)
-    completions: list[tuple] = [([], [], []) for _ in owners]
+    completions = [([], [], []) for _ in owners]
     live = list(range(len(owners)))
     while True:
-        parts = [
-            draw(logits_of(model, h), temperature, generator) for h in hidden.split(SAMPLED_ROWS)
-        ]
-        tokens, *stats = (torch.cat(column) for column in zip(*parts))
-        for row, *values in zip(live, tokens.tolist(), *(column.tolist() for column in stats)):
+        chunks = hidden.split(SAMPLED_ROWS)
+        parts = [draw(logits_of(model, chunk), temperature, generator) for chunk in chunks]
+        columns = [torch.cat(column) for column in zip(*parts)]
+        for row, *values in zip(live, *(column.tolist() for column in columns)):
             for part, value in zip(completions[row], values):
                 part.append(value)
-        if any(completions[row][0][-1] < 0 for row in live):
-            raise NotFinite(
-                "The model's logits are not finite (NaN); try a lower --lr, --dtype float32."
-            )
+        tokens = columns[0]
+        if tokens.min() < 0:
+            raise NotFinite("The logits are not finite; try a lower --lr or --dtype float32.")
         keep = [i for i, row in enumerate(live) if not ended(owners[row], completions[row][0])]
         if not keep:
             return completions
@@ -1241,35 +1200,25 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
 
 
 def blocked(places, dtype):
-    """The additive attention mask of a boolean one: the dtype's minimum where it is True, else 0."""
+    """An additive attention mask: the dtype's minimum where `places` is True, else 0."""
     return places.view(torch.uint8).to(dtype).mul_(torch.finfo(dtype).min)  # bytes convert fast
 
 
-def rounded(length: int, multiple: int = 16) -> int:
-    """Lengths rounded up: kernels are kept for each length, and attention wants aligned rows."""
-    return -(-length // multiple) * multiple
+def rounded(length: int) -> int:
+    """Up to 16, 32, ...: kernels are kept for each length, and attention wants aligned rows."""
+    return -(-length // 16) * 16
 
 
 def ask(policy, prompts, count: int, settings, temperature: float, seed: int, prefixes=None):
-    """`sample` with its statistics, as a policy is asked."""
-    return sample(
-        policy.model,
-        policy.tokenizer,
-        prompts,
-        count,
-        prefixes=prefixes,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=temperature,
-        stop=policy.stop,
-        ends=policy.ends,
-        rows=settings.batch_rows,
-        seed=seed,
-        with_stats=True,
-    )
+    """`sample` as the policy and the settings say, with its statistics."""
+    options = {"max_new_tokens": settings.max_new_tokens, "rows": settings.batch_rows}
+    options |= {"temperature": temperature, "seed": seed, "prefixes": prefixes}
+    options |= {"stop": policy.stop, "ends": policy.ends, "with_stats": True}
+    return sample(policy.model, policy.tokenizer, prompts, count, **options)
 
 
 def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollout]:
-    """Sample and score one group per problem; `prefixes` for replays, see sample."""
+    """Sample and score one group per problem; with `prefixes` they are replays."""
     prefixes = prefixes or [[]] * len(problems)
     prompts = [policy.prompt_ids(problem.question) for problem in problems]
     size, temperature = settings.group_size, settings.temperature
@@ -1282,9 +1231,9 @@ def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollo
 
 
 def replay_points(policy, rollouts: list[Rollout], turns: range, settings, rng: random.Random):
-    """(problems, prefixes) of the replays number `turns`: random positions inside successful (even
-    numbers) and failed completions of groups with signal, so that later positions branch too."""
-    pools: tuple[list, list] = [], []
+    """(problems, prefixes) of the replays number `turns`, which let later positions branch: random
+    cuts, by turns of a success (even numbers) and a failure, in groups with signal."""
+    pools = [], []
     for rollout in rollouts:
         for completion, reward in zip(rollout.completions, rollout.rewards):
             if rollout.has_signal and 2 < len(completion) < settings.max_new_tokens:
@@ -1425,10 +1374,13 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
     for rollout in rollouts:
         if rollout.has_signal:
             trie = Trie(rollout.completions, rollout.entropies, rollout.logprobs)
-            weights = method(trie, rollout.rewards, rng)
-            if not all(node in range(len(trie.tokens)) for node in weights):
-                raise UserError("--method: the keys of its weights must be nodes of the trie.")
-            weights = {node: weight for node, weight in weights.items() if weight}
+            try:
+                found = method(trie, rollout.rewards, rng)
+                weights = {node: float(weight) for node, weight in found.items() if weight}
+                if not weights.keys() <= set(range(len(trie.tokens))):
+                    raise ValueError("its keys must be nodes of the trie")
+            except (Exception, SystemExit) as error:  # a method of the user's own
+                raise UserError(f"--method gave no weights of nodes: {error!r}") from error
             if weights:
                 credited.append((rollout, trie, weights))
     return credited
@@ -1442,7 +1394,7 @@ MAX_GRAD_NORM = 1.0
 
 def ancestors(trie: Trie, nodes) -> set[int]:
     """All nodes above `nodes`: what their forward pass computes besides the prompt."""
-    found: set[int] = set()
+    found = set()
     for node in nodes:
         while (node := trie.parents[node]) >= 0 and node not in found:
             found.add(node)
@@ -1450,32 +1402,26 @@ def ancestors(trie: Trie, nodes) -> set[int]:
 
 
 def pack(prompt: list[int], trie: Trie, nodes: list[int]):
-    """The prompt and all ancestors of `nodes`, each once, as one sequence: (ids [L], positions [L],
-    unseen places [L, L] of bool, slot {node: index}). A row sees the prompt and its own ancestors.
-    L is rounded up by rows that see nothing but themselves."""
+    """The prompt and the ancestors of `nodes` as one sequence: (ids [L], positions [L], unseen
+    places [L, L] of bool, slot {node: index}). Padding sees only itself."""
     order, start = sorted(ancestors(trie, nodes)), len(prompt)  # parents before their children
     length = rounded(start + len(order))
     pad = [0] * (length - start - len(order))
     slot = {-1: start - 1} | {node: start + i for i, node in enumerate(order)}
-    sees = [(2 << i) - 1 for i in range(start)]  # rows as sets of bits: bit j of row i, i sees j
-    for node in order:
-        sees.append(sees[slot[trie.parents[node]]] | 1 << slot[node])
-    sees += [1 << i for i in range(length - len(pad), length)]
-    everything = (1 << length) - 1
-    raw = b"".join((everything ^ row).to_bytes(length // 8, "little") for row in sees)
-    bits = numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")
-    unseen = torch.from_numpy(bits).view(torch.bool).view(length, length)
+    unseen = ~numpy.eye(length, dtype=bool)
+    unseen[:start, :start] = ~numpy.tri(start, dtype=bool)
+    for node in order:  # sees what its parent sees, and itself
+        unseen[slot[node]] = unseen[slot[trie.parents[node]]]
+        unseen[slot[node], slot[node]] = False
     ids = prompt + [trie.tokens[node] for node in order] + pad
     positions = [*range(start), *(start + trie.depths[node] for node in order), *pad]
-    return torch.tensor(ids), torch.tensor(positions), unseen, slot
+    return torch.tensor(ids), torch.tensor(positions), torch.from_numpy(unseen), slot
 
 
 def check_length(config, length: int) -> None:
-    """Packed and cached attention are exact only while everything lies inside a model's sliding
-    window; beyond its context no model is."""
-    text, limit, what = config.get_text_config(), math.inf, ""
-    if getattr(text, "max_position_embeddings", None):
-        limit, what = text.max_position_embeddings, "context"
+    """Refuse what exceeds a model's context, or its sliding window, where packs are not exact."""
+    text = config.get_text_config()
+    limit, what = getattr(text, "max_position_embeddings", None) or math.inf, "context"
     slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
     if slides and (getattr(text, "sliding_window", None) or limit) < limit:
         limit, what = text.sliding_window, "sliding window"
@@ -1487,15 +1433,10 @@ def check_length(config, length: int) -> None:
 
 
 def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature: float = 1.0):
-    """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
-
-    One forward over the prompt and the ancestors of `nodes`; logits only at their parents, a few
-    rows at a time, so that [tokens, vocabulary] never exists. Equal to one forward pass per
-    completion up to rounding. Raises UserError where the model is too short, or without a prompt.
-    """
-    base, nodes = base_of(model), list(nodes)
+    """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable."""
     if not prompt_ids:
         raise UserError("The prompt is empty: nothing predicts the first token of a completion.")
+    base = base_of(model)
     ids, positions, unseen, slot = pack(prompt_ids, trie, nodes)
     check_length(base.config, int(positions.max()) + 2)
     device, dtype = base.device, base.get_input_embeddings().weight.dtype
@@ -1505,18 +1446,16 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature
         attention_mask=blocked(unseen, dtype)[None, None].to(device),
         use_cache=False,
     ).last_hidden_state[0]
-    rows = torch.tensor([slot[trie.parents[n]] for n in nodes], dtype=torch.long, device=device)
-    tokens = torch.tensor([trie.tokens[n] for n in nodes], dtype=torch.long, device=device)
+    rows = [slot[trie.parents[node]] for node in nodes]
+    tokens = torch.tensor([trie.tokens[node] for node in nodes], dtype=torch.long, device=device)
     return token_logprobs(model, hidden[rows], tokens, temperature)
 
 
 def token_logprobs(model, hidden, tokens, temperature: float):
-    """log-prob of each of `tokens` [n] under softmax(logits / temperature), from hidden states
-    [n, width]: float32 [n].
+    """log-prob of each of `tokens` [n] from hidden states [n, width]: float32 [n].
 
-    The gradient of each is a vector of [width] that is at hand once its row of logits is, so it is
-    computed there and kept, instead of the row or of computing the row again in the backward pass.
-    (Not where the output embedding itself is trained, which would lose its gradient.)
+    Logits [n, vocabulary] never exist: they are made a few rows at a time, and each row gives way
+    to its gradient, a vector [width], which is computed while the row is there.
     """
 
     def logps(part, wanted):
@@ -1525,6 +1464,7 @@ def token_logprobs(model, hidden, tokens, temperature: float):
 
     parts = zip(hidden.split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))
     head = base_of(model).get_output_embeddings()
+    # An output embedding that is trained itself would lose its gradient below.
     if not hidden.requires_grad or any(p.requires_grad for p in head.parameters()):
         return torch.cat([logps(part, wanted) for part, wanted in parts])
     values, slopes = [], []
@@ -1537,15 +1477,15 @@ def token_logprobs(model, hidden, tokens, temperature: float):
     return torch.cat(values) + zero
 
 
-def step_trie(credited: list[tuple]) -> tuple[list[int], Trie, dict[int, float]]:
-    """The groups of a step as one trie: what their prompts share (token ids), the trie of the rest
-    of each prompt and its completions, and the weights of its nodes, given those of each group."""
+def step_trie(credited: list[tuple]) -> tuple:
+    """A step's groups as one: (what their prompts share, trie of the rest of each prompt with its
+    completions, {node: weight})."""
     shared = os.path.commonprefix([rollout.prompt for rollout, *_ in credited])
     joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
-    total: dict[int, float] = defaultdict(float)  # a replay can meet nodes of its first group
+    total = defaultdict(float)  # a replay can meet nodes of its first group
     paths = iter(joint.paths)
     for rollout, trie, weights in credited:
-        nodes: dict[int, int] = {}  # of the group's trie -> of the joint one
+        nodes = {}  # of the group's trie -> of the joint one
         for path in trie.paths:
             nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared) :]))
         for node, weight in weights.items():
@@ -1554,13 +1494,13 @@ def step_trie(credited: list[tuple]) -> tuple[list[int], Trie, dict[int, float]]
 
 
 def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]]:
-    """Cut `nodes` into lists, one forward pass each, with at most `budget` ancestors. What one
-    completion needs is never cut, however long: what lies deep in it needs all that is above."""
+    """`nodes` in lists, one forward pass each, of at most `budget` ancestors. A completion is never
+    cut, however long: what lies deep in it needs all that is above."""
     wanted, part, needed = set(nodes), [], set()
-    for path in trie.paths:
+    for path in sorted(trie.paths):  # alike ones side by side
         own = [node for node in path if node in wanted]
         above = path[: trie.depths[own[-1]]] if own else []
-        if part and len(needed.union(above)) > budget:
+        if part and len(needed.union(above)) > max(budget, len(needed)):
             yield part
             part, needed = [], set()
         wanted.difference_update(own)
@@ -1572,9 +1512,7 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
 
 def step_packs(credited: list[tuple], budget: int) -> list[tuple]:
     """(prompt ids, trie, {node: weight}) of each forward pass that a step needs."""
-    alike: dict[int, list] = defaultdict(
-        list
-    )  # by first token, so that some of the prompt is shared
+    alike = defaultdict(list)  # by first token, so that some of the prompt is shared
     for group in credited:
         alike[group[0].prompt[0]].append(group)
     packs = []
@@ -1585,8 +1523,8 @@ def step_packs(credited: list[tuple], budget: int) -> list[tuple]:
 
 
 def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
-    """(loss, log-probs) of one pack: the docstring's formula, plus beta times the summed KL to the
-    model without its adapter (the k3 estimate of Schulman 2020)."""
+    """(loss, log-probs) of a pack; with `beta` times the summed KL to the model without its
+    adapter (k3, Schulman 2020)."""
     logp = packed_logprobs(policy.model, prompt, trie, weights, temperature)
     loss = -(torch.tensor(list(weights.values()), device=logp.device) * logp).sum()
     if beta:
@@ -1598,9 +1536,8 @@ def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], 
 
 
 def update(policy, credited: list[tuple], groups: int, optimizer, settings):
-    """One optimizer step on the mean loss over the `groups` of all processes, no further than
-    --target-kl allows; none where the gradient is not finite. Returns metrics of this process that
-    are summed over all, and others, of which the largest counts."""
+    """One optimizer step on the mean loss over the `groups` of all processes, none if its gradient
+    is not finite. Returns metrics of this process: to add up, and to take the maximum of."""
     params = [p for p in policy.model.parameters() if p.requires_grad]
     packs = step_packs(credited, settings.max_pack_tokens)
     own = sum(len(weights) for *_, weights in packs)
@@ -1629,13 +1566,11 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
 
 
 def limit_step(policy, packs, before, params, start, settings) -> tuple[float, bool]:
-    """Take back as much of the step from `start` as keeps the KL of the policy before it to the one
-    after it under --target-kl: (that KL, whether nothing is left of the step). It is the mean over
-    the nodes of each process's first pack of exp(gap) - 1 - gap, gap = log pi - log pi before (k3,
-    Schulman 2020), and grows with the square of a step."""
+    """Shorten the step from `start` until KL(policy before it || after it) is under --target-kl:
+    (that KL, whether nothing is left of the step). k3 over the first pack of each process."""
     if not settings.target_kl:
         return 0.0, False
-    for _ in range(4):
+    for _ in range(8):
         sums = (0.0, 0)
         for (prompt, trie, weights), old in zip(packs[:1], before):
             with torch.no_grad():
@@ -1647,8 +1582,11 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
             return kl, False
         if not math.isfinite(kl):
             break
+        share = 0.9 * math.sqrt(settings.target_kl / kl)  # KL grows with the square of a step
         for p, old in zip(params, start):
-            p.data.copy_(old.lerp(p.data, 0.9 * math.sqrt(settings.target_kl / kl)))
+            p.data.copy_(old.lerp(p.data, share))
+        if share > 0.45:  # so near that the square need not be checked
+            return 0.81 * settings.target_kl, False
     for p, old in zip(params, start):
         p.data.copy_(old)
     return 0.0, True
@@ -1680,7 +1618,7 @@ def due(step: int, every: int, settings) -> bool:
 
 
 def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterator[tuple]:
-    """Train until settings.steps, saving into `run`: yields (row of metrics, rollouts) of each step.
+    """Train until settings.steps, saving into `run`: yields (row of metrics, rollouts) per step.
     Continues where run/state.pt left off; `stop` ends it early once something is put in. The
     adapter that is kept is the best on `held_out`, problems that are not trained, if there are any.
     """
@@ -1734,8 +1672,7 @@ DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
 
 def rank_and_world() -> tuple[int, int]:
     """(number of this process, number of processes)"""
-    state = accelerate.PartialState()
-    return state.process_index, state.num_processes
+    return processes().process_index, processes().num_processes
 
 
 def gather(values: list) -> list:
@@ -1749,14 +1686,13 @@ def new_optimizer(model):
 
 
 def judge(state: dict, row: dict, score_rewards: bool) -> bool:
-    """Enter a step into the state; returns whether its adapter is the one to keep: the best on
-    validation; without validation the latest, unless the rewards since the last save have fallen
-    under half of the best (a policy that has collapsed must not replace a good one)."""
+    """Enter a step into the state; returns whether to keep its adapter: the best on validation, or
+    else the latest, unless the mean reward since the last save fell under half of the best."""
     if row["skipped"]:
         state["failures"] += 1
     elif row["tokens_trained"]:
         state["failures"] = 0
-    barren = row["truncated"] > 0.9 or row["reward"] == 0 < state["best"]
+    barren = row["truncated"] > 0.9 or row["reward"] == 0 and state["best"] > 0.1
     state["dead"] = state["dead"] + 1 if barren and row["signal"] == 0 else 0
     state["rewards"].append(row["reward"])
     score, least = row.get("validation"), state["best"]
@@ -1773,32 +1709,29 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
 
 def check_alive(state: dict, row: dict, run: Path) -> None:
     """End a run that goes on to no purpose."""
-    fault = ""
-    if state["failures"] == 3:
-        fault = "Three steps had a loss that is not finite, or no share within --target-kl"
-    if state["dead"] == DEAD_STEPS:
+    if state["failures"] >= 3:
+        fault = "Three steps had a loss that is not finite, or nothing within --target-kl"
+    elif state["dead"] >= DEAD_STEPS:
         fault = f"{DEAD_STEPS} steps in a row had no signal, with {row['truncated']:.0%} cut off"
-    if fault:
-        raise UserError(
-            f"{fault}: the policy is lost. The adapter in {run} is that of step "
-            f"{state['best_step']}; start again with a lower --lr or a higher --max-new-tokens."
-        )
+    else:
+        return
+    kept = f"{run} holds the adapter of step {state['best_step']}"
+    raise UserError(f"{fault}. {kept}; start again with a lower --lr or more --max-new-tokens.")
 
 
 def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
-    """A row of metrics over all processes: means (of replays only where it says so), sums, and the
-    largest of `peaks`."""
+    """The row of a step: means (with replays only for signal), sums and the largest of `peaks`."""
     every = rollouts + replays
-    completions = [completion for r in rollouts for completion in r.completions]
+    completions = [c for r in rollouts for c in r.completions]
     rewards = [reward for r in rollouts for reward in r.rewards]
     means = {
         "reward": rewards,
         "accuracy": list(map(is_right, rewards)),
-        "signal": [r.has_signal for r in every],  # replays too: they train alike
+        "signal": [r.has_signal for r in every],
         "distinct": [len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts],
         "entropy": [entropy for r in rollouts for row in r.entropies for entropy in row],
         "length": list(map(len, completions)),
-        "truncated": [not policy.finished(completion) for completion in completions],
+        "truncated": [not policy.finished(c) for c in completions],
     }
     sums["tokens_generated"] = sum(len(c) for r in every for c in r.completions)
     all_means, all_sums, all_peaks = zip(*gather([(means, sums, peaks)]))
@@ -1808,8 +1741,7 @@ def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
 
 
 def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
-    """state.pt for --resume and, with `keep`, the adapter as peft writes it. Each file replaces the
-    old one only when it is complete, state.pt last."""
+    """state.pt and, with `keep`, the adapter: they replace the old files once all are complete."""
     if rank_and_world()[0] > 0:
         return
     temporary = run / "saving.tmp"
@@ -1821,76 +1753,73 @@ def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
     buffer = io.BytesIO()  # torch.save into a file does not say so when the disk is full
     torch.save(state | {"optimizer": optimizer.state_dict(), "weights": weights}, buffer)
     (temporary / "state.pt").write_bytes(buffer.getvalue())
-    for name in ("adapter_config.json", "adapter_model.safetensors", "state.pt"):
+    names = ["adapter_config.json", "adapter_model.safetensors", "state.pt"]
+    # state.pt comes last, but for step 0: an adapter without it is no run that can go on.
+    for name in names if state["step"] else reversed(names):
         if (temporary / name).exists():
             os.replace(temporary / name, run / name)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_state(run: Path, model, optimizer) -> dict:
-    """Put model and optimizer back to the saved step, if there is one, cut the metrics there, and
-    return the state: the step, what is known of the best adapter, and signs of trouble."""
-    state = {
-        "step": 0,
-        "best": 0.0,
-        "best_step": 0,
-        "stale": 0,
-        "failures": 0,
-        "dead": 0,
-        "rewards": [],
-    }
+    """Put model, optimizer and metrics back to the saved step, if there is one, and return the
+    state: the step, what is known of the best adapter, and signs of trouble."""
+    counts = dict.fromkeys(["step", "best_step", "stale", "failures", "dead"], 0)
+    state = {"best": 0.0, "rewards": []} | counts
     path, log = run / "state.pt", run / "metrics.jsonl"
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         if path.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            state = {key: saved[key] for key in state}
-            if saved["weights"].keys() != params.keys():
-                raise ValueError("its weights are those of another adapter")
+            state = {key: type(start)(saved[key]) for key, start in state.items()}
+            shapes = {name: weight.shape for name, weight in saved["weights"].items()}
+            if shapes != {name: p.shape for name, p in params.items()}:
+                raise ValueError("of another adapter")
+            check_finite(saved["weights"].items(), path)
             for name, p in params.items():
                 p.data.copy_(saved["weights"][name])
             optimizer.load_state_dict(saved["optimizer"])
+            if state["step"]:
+                safetensors.load_file(
+                    run / "adapter_model.safetensors"
+                )  # needed after all training
         if log.exists() and rank_and_world()[0] == 0:
             lines = read_text(log).splitlines(keepends=True)[: state["step"]]  # line n is step n
             if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
-                raise ValueError(f"{log} lacks steps")
+                raise ValueError("steps are missing")
             write_atomically(log, "".join(lines))
     except Exception as error:  # torn files end in errors of many kinds
-        raise UserError(
-            f"{run} cannot be resumed ({first_line(error)}); --adapter {run} starts anew from it."
-        ) from None
+        damage = f"state.pt or metrics.jsonl in {run} is damaged ({first_line(error)})"
+        raise UserError(f"{damage}; --adapter {run} starts anew from it.") from None
     return state
 
 
 def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lambda count: None):
-    """One record per problem: the greedy completion and whether it is right, and with `samples` > 0
-    how many of that many samples at settings.temperature are right. Several processes share the
-    problems. `tick` is called after each batch, with the number of its answers."""
+    """One record per problem: the greedy completion, whether it is right, and how many of `samples`
+    at settings.temperature are. Processes share the problems. `tick` gets each batch's size."""
     rank, world = rank_and_world()
     prompts = [policy.prompt_ids(problem.question) for problem in problems]
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))[rank::world]
-    answers: dict[int, list] = {i: [] for i in order}  # the greedy completion, then the samples
-    entropies: dict[int, list[float]] = {}
+    answers: dict[int, list] = {i: [] for i in order}  # (tokens, entropies): greedy, then samples
     for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
         width = max(1, settings.batch_rows // count)
         for start in range(0, len(order), width):
             chunk, seed = order[start : start + width], settings.seed + start * world + rank
             asked = [prompts[i] for i in chunk]
-            groups, stats, _ = ask(policy, asked, count, settings, temperature, seed)
-            for i, group, rows in zip(chunk, groups, stats):
-                answers[i] += group
-                entropies.setdefault(i, rows[0])
+            groups, entropies, _ = ask(policy, asked, count, settings, temperature, seed)
+            for i, group, rows in zip(chunk, groups, entropies):
+                answers[i] += zip(group, rows)
             tick(len(chunk) * count * world)
     records = []
-    for i, (greedy, *sampled) in answers.items():
-        problem, text = problems[i], policy.text(greedy)
-        right = [is_right(policy.reward(problem, c)) for c in (greedy, *sampled)]
-        record = {"index": i, **asdict(problem), "completion": text, "correct": right[0]}
-        record |= {"length": len(greedy), "truncated": not policy.finished(greedy)}
-        record |= {"entropy": fmean(entropies[i]), "samples": samples}
-        record["samples_correct"] = sum(right[1:])
+    for i, found in answers.items():
+        problem, (greedy, entropy) = problems[i], found[0]
+        right = [is_right(policy.reward(problem, tokens)) for tokens, _ in found]
+        record = {"index": i, **asdict(problem), "completion": policy.text(greedy)}
+        record |= {"correct": right[0], "length": len(greedy)}
+        record |= {"truncated": not policy.finished(greedy), "entropy": fmean(entropy)}
+        record |= {"samples": samples, "samples_correct": sum(right[1:])}
         if policy.metric:
-            record["metric"] = policy.metric(text, problem.answer)
+            record["metric"] = policy.metric(record["completion"], problem.answer)
         records.append(record)
     return sorted(gather(records), key=lambda record: record["index"])
 
@@ -1935,7 +1864,7 @@ def live_table(steps: int, memory: str):
 
         def show(row: dict, note: str = "") -> None:
             values = row | {"seconds": row["rollout_s"] + row["update_s"]}
-            values["trained"] = row["tokens_trained"] / row["tokens_generated"]
+            values["trained"] = row["tokens_trained"] / max(1, row["tokens_generated"])
             values["memory"] = row["peak_memory"] / 2**30
             line = f"{'!' * row['skipped']}{row['step']}".rjust(4)
             for name, form in LIVE.items():
@@ -1967,8 +1896,9 @@ def training_summary(rows: list[dict], memory: str) -> str:
     rollout, seconds = total["rollout_s"] / len(rows), total["update_s"] / len(rows)
     minutes, peak = (rollout + seconds) * len(rows) / 60, max(row["peak_memory"] for row in rows)
     return (
-        f"{len(rows)} steps in {minutes:.1f} min (a step: rollout {rollout:.2f} s, update {seconds:.2f} s)"
-        f"\n{generated:,} tokens generated, {trained:,} trained ({trained / generated:.1%}), "
+        f"{len(rows)} steps in {minutes:.1f} min (a step: rollout {rollout:.2f} s, update "
+        f"{seconds:.2f} s)\n{generated:,} tokens generated, {trained:,} trained "
+        f"({trained / max(1, generated):.1%}), "
         f"peak {memory} {gigabytes(peak)}"
     )
 
@@ -1992,7 +1922,7 @@ def mcnemar(before: list, after: list) -> float:
 
 
 def pass_at_k(total: int, right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from `total` (Chen et al. 2021, 2107.03374)."""
+    """Unbiased chance that one of k samples is right (Chen et al. 2021, arXiv 2107.03374)."""
     return 1 - math.comb(total - right, k) / math.comb(total, k)
 
 
@@ -2120,91 +2050,99 @@ def save_picture(curves: dict[str, dict], what: str, path: Path) -> None:
     figure.savefig(path)
 
 
-# ---- 10. Command line ---------------------------------------------------------------------------
+# ---- 10. Commands -------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
+CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
+ASKED = ["model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
 
 
-@app.callback()
-def about(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False):
-    if version:
+def show_version(wanted: bool) -> None:
+    if wanted:
         console.print(f"tokenrl {__version__}")
         raise typer.Exit()
 
 
-def own(help: str, default: str | bool = True, *names: str):
+VERSION = typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+
+
+@app.callback()
+def about(version: Annotated[bool, VERSION] = False):
+    pass
+
+
+def own(help: str, default: str | bool = True, *names: str, **limits):
     """An option of one command alone."""
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel="This command")
+    limits |= {"show_default": default, "rich_help_panel": "This command"}
+    return typer.Option(*names, help=help, **limits)
 
 
 def asks(command: Callable) -> Callable:
-    """`command(settings, given, its own options)` as a typer command: it has the options of Settings
-    that name it. `given` are the names of those that stand on this command line."""
+    """`command(settings, given, its own options)` for typer, with the options of Settings that name
+    it. `given` are those on this command line."""
     name = command.__name__.removesuffix("_command")
-    parameter, keyword = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
-    task = Annotated[str, typer.Argument(help="svamp, multiply, or a task that prep made.")]
-    parameters = [
-        parameter("context", parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        parameter("task", keyword, annotation=task),
-    ]
-    for item in fields(Settings):
-        if name in item.metadata.get("on", ()):
-            kind = Annotated[item.type, item.metadata["info"]]
-            parameters.append(parameter(item.name, keyword, default=item.default, annotation=kind))
-    for mine in list(inspect.signature(command).parameters.values())[2:]:
-        parameters.append(mine.replace(kind=keyword))
+    shared = [item for item in fields(Settings) if name in item.metadata.get("on", ())]
+    tasks = typer.Argument(help="svamp, multiply, or a task that prep made.")
 
-    def run(context: typer.Context, **values):
-        known = {item.name for item in fields(Settings)} & values.keys()
-        settings = Settings(**{key: values.pop(key) for key in known})
+    def run(context: typer.Context, task: Annotated[str, tasks], **values):
+        settings = Settings(task, **{item.name: values.pop(item.name) for item in shared})
         check_settings(settings)
-        source = context.get_parameter_source
-        command(settings, {key for key in known if source(key).name == "COMMANDLINE"}, **values)
+        sources = {item.name: context.get_parameter_source(item.name) for item in shared}
+        given = {key for key, source in sources.items() if source.name == "COMMANDLINE"}
+        command(settings, given, **values)
 
+    parameters = list(inspect.signature(run).parameters.values())[:2]
+    for item in shared:
+        kind = Annotated[item.type, item.metadata["info"]]
+        plain = inspect.signature(Settings).parameters[item.name]
+        parameters.append(plain.replace(annotation=kind))
+    parameters += list(inspect.signature(command).parameters.values())[2:]
     run.__signature__, run.__doc__ = inspect.Signature(parameters), command.__doc__
     return run
 
 
+def warn(text: str) -> None:
+    console.print(text, style="yellow")
+
+
 def find_policy(settings: Settings) -> tuple[Policy, Task]:
     """Load what the settings ask for. A model that the user named is never replaced."""
+    svamp, reason = settings.task == "svamp", "There is no CUDA GPU in use."
     if settings.model != "auto":
         return load_policy(settings, settings.model)
-    reason, svamp = "No CUDA GPU in use", settings.task == "svamp"
     if not svamp or pick_device(settings.device).startswith("cuda"):
         try:
             return load_policy(settings, DEFAULT_MODEL)
         except Unreachable as error:
             if not svamp:
                 raise UserError(f"{error} (To only try the commands: --model demo.)") from None
-            reason = f"{error}\n{DEFAULT_MODEL} cannot be trained here"
-    console.print(
-        f"{reason}, so this is the bundled demo: a 1.1 M-parameter model and 1,000 SVAMP-style "
-        f"problems.\nFor the real thing: --model {DEFAULT_MODEL}, or the path of a local folder.",
-        style="yellow",
-    )
+            reason = str(error)
+    warn(f"{reason} So this is the bundled demo, a model of 1.1 M parameters.")
+    warn(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
     return load_policy(settings, "demo")
 
 
 def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
-    """What find_policy returns, with the model of this name, which is put into the settings."""
+    """What find_policy returns, with this model, whose name is put into the settings."""
     settings.model, bundled, folder = name, is_bundled(name), settings.data_dir
     if bundled and not (DATA / "demo").is_dir():
         raise UserError(f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
     demo = settings.task == "svamp" and bundled  # it has never seen the words of the real SVAMP
-    pick_device(settings.device)  # which also tells how many processes there are
-    with accelerate.PartialState().main_process_first():
+    device = pick_device(settings.device)  # which also tells how many processes there are
+    with processes().main_process_first():
         if settings.task == "svamp" and not demo and not (folder / "svamp").is_dir():
-            console.print("Preparing SVAMP first, as `python tokenrl.py prep svamp` does ...")
+            console.print("Preparing SVAMP first, as prep svamp does ...")
             write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, folder)
-    name_and_place = ("demo", DATA) if demo else (settings.task, folder)
-    task = load_task(*name_and_place, numeric=settings.reward == "number")
+    place = ("demo", DATA) if demo else (settings.task, folder)
+    task = load_task(*place, numeric=settings.reward == "number")
     score = reward_function(settings.reward, task.decimal)
     metric = reward_function(settings.metric, task.decimal) if settings.metric else None
-    small = bundled and settings.device == "auto" and pick_device("auto") == "mps"
+    if bundled and settings.device == "auto" and device == "mps":
+        device = "cpu"  # faster for so small a model
     if not bundled:
         console.print(f"Loading {name} ...")
-    model, tokenizer = load_model(name, "cpu" if small else settings.device, settings.dtype)
+    model, tokenizer = load_model(name, device, settings.dtype)
     try:
         check_model(model, tokenizer)
     except UserError:
@@ -2223,18 +2161,34 @@ def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
 
 
 def read_json(path: Path) -> dict:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(read_text(path)), dict):
             return found
-    raise UserError(f"{path} is not a JSON object, as the file of a run must be.")
+    raise UserError(f"{path} is not a JSON object.")
+
+
+NUMBERS = (int, float)
+STEP = {"step": int, "reward": NUMBERS, "tokens_trained": NUMBERS, "tokens_generated": NUMBERS}
+STEP |= {"rollout_s": NUMBERS, "update_s": NUMBERS, "peak_memory": NUMBERS}
+ANSWER = dict.fromkeys(["phase", "question", "answer", "type", "completion"], str)
+ANSWER |= dict.fromkeys(["correct", "length", "truncated", "samples", "samples_correct"], int)
+
+
+def run_rows(path: Path, kinds: dict) -> list[dict]:
+    """The rows of a run's file, if it is there, each with values of these kinds."""
+    rows = read_rows(path) if path.exists() else []
+    for line, row in rows:
+        if lacking := [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]:
+            raise UserError(f"{path} line {line} has no {lacking[0]} that can be read.")
+    return [row for _, row in rows]
 
 
 def run_settings(run: Path) -> dict:
-    """The settings in a run's config.json, of the right types; empty if there is none."""
+    """The settings in a run's config.json, checked; empty if there is none."""
     path = run / "config.json"
     saved = read_json(path).get("settings") if path.exists() else {}
     if not isinstance(saved, dict):
-        raise UserError(f"{path} holds no settings of a run.")
+        raise UserError(f"{path} holds no settings.")
     known = {item.name: saved[item.name] for item in fields(Settings) if item.name in saved}
     if "data_dir" in known:
         known["data_dir"] = Path(str(known["data_dir"]))
@@ -2244,52 +2198,42 @@ def run_settings(run: Path) -> dict:
 
 def adapter_settings(run: Path) -> dict:
     """What is known of an adapter: its run's settings, at the least its base model."""
-    if not (run / "adapter_config.json").is_file():
-        raise UserError(f"{run} holds no adapter (no adapter_config.json).")
-    model = read_json(run / "adapter_config.json").get("base_model_name_or_path")
+    path = run / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{run} holds no adapter (no {path.name}).")
+    model = read_json(path).get("base_model_name_or_path")
     return {"model": str(model or "a model that it does not name")} | run_settings(run)
 
 
 def refuse_foreign_code(settings: Settings, given: set[str], keys: list[str], run: Path) -> None:
-    """A FILE.py is run only where this command line names it: a run's folder may be a stranger's."""
+    """A FILE.py is run only where this command line names it: a run may be a stranger's."""
     for key in keys:
         if is_code(value := getattr(settings, key)) and key not in given:
             again = f"--{key} {shlex.quote(value)}"
-            raise UserError(f"{run} was made with code from {value}; if you trust it, add {again}")
+            raise UserError(f"{run} was made with code of its own; if you trust it, add {again}")
 
 
 def ask_as_trained(settings: Settings, given: set[str], run: Path, keys: list[str]) -> None:
-    """Take over `keys` of the settings with which a run's adapter was trained, where this command
-    line says nothing else."""
+    """Take over those `keys` of a run's settings that are not given on this command line."""
     for key, value in adapter_settings(run).items():
         if key in keys and key not in given:
             setattr(settings, key, value)
     refuse_foreign_code(settings, given, [key for key in keys if key in CODE], run)
 
 
-CODE = ["reward", "metric", "method"]
-ASKED = ["model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
-
-
 def resume_settings(settings: Settings, given: set[str], run: Path) -> Settings:
-    """The run's own settings; what this command line says must agree with them, but for what is of
-    the machine: the data may have moved, the memory have run out."""
+    """The run's own settings; this command line may change only what is of the machine."""
     saved = run_settings(run)
     if lacking := {item.name for item in fields(Settings)} - saved.keys():
-        raise UserError(
-            f"{run} cannot be resumed: there is no {min(lacking)} in its config.json. A run of an "
-            f"earlier version can be evaluated, or gone on from with --adapter {run}."
-        )
+        lacking = min(lacking)
+        raise UserError(f"{run}/config.json lacks {lacking}; --adapter {run} starts anew from it.")
     again = Settings(**saved)
     for key in sorted(given):
         here, there = getattr(settings, key), saved[key]
         if key in ("data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"):
             setattr(again, key, here)
         elif here != there:
-            option = f"--{key.replace('_', '-')}"
-            raise UserError(
-                f"{run} goes on with its own settings: {option} was {there}, not {here}."
-            )
+            raise UserError(f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
     if settings.task != again.task:
         raise UserError(f"{run} was trained on {again.task}, not on {settings.task}.")
     refuse_foreign_code(again, given, CODE, run)
@@ -2297,34 +2241,26 @@ def resume_settings(settings: Settings, given: set[str], run: Path) -> Settings:
 
 
 def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> Path:
-    """The folder of a run that is to go on, or a new one: runs/NAME, or -2, -3, ... behind it."""
+    """The folder of the run that goes on, or a new one: runs/NAME, or -2, -3, ... behind it."""
     rows = [asdict(problem) for problem in task.train + task.test]
     data = hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
     if resume:
         if read_json(resume / "config.json").get("data") != data:
-            raise UserError(
-                f"The task's data are not those that {resume} began with: prepare those."
-            )
+            raise UserError(f"The task's data are not those with which {resume} began.")
         if not (resume / "state.pt").exists():
             if (resume / "adapter_model.safetensors").exists():
                 raise UserError(f"{resume} has an adapter but no state.pt: it cannot be resumed.")
             console.print(f"{resume} was ended before its first save: it starts at step 0.")
         return resume
-    run, number = Path("runs") / name, 2
+    run, number = Path("runs", name), 2
     while run.exists():
-        run, number = Path("runs") / f"{name}-{number}", number + 1
+        run, number = Path("runs", f"{name}-{number}"), number + 1
     run.mkdir(parents=True)
-    versions = {lib.__name__: lib.__version__ for lib in map(importlib.import_module, LIBRARIES)}
-    config = {
-        "settings": asdict(settings),
-        "data": data,
-        "versions": versions | {"tokenrl": __version__},
-    }
+    versions = {library._name: library.__version__ for library in (torch, transformers, peft)}
+    config = {"settings": asdict(settings), "data": data, "versions": versions}
+    versions["tokenrl"] = __version__
     write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
-
-
-LIBRARIES = ("torch", "transformers", "peft")
 
 
 @contextlib.contextmanager
@@ -2355,33 +2291,37 @@ def train_command(
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
     policy, task = find_policy(settings)
     if not task.train:
-        raise UserError(f"The task {settings.task} is for tests only: it has no training problems.")
+        raise UserError(f"The task {settings.task} has only problems for tests.")
     torch.manual_seed(settings.seed)
     policy.model = trainable_model(policy, settings, given)
     size = min(100, len(task.train) // 7) if settings.validate_every else 0
     train_set, held_out = task.train[size:], task.train[:size]
     test_set = task.test[: settings.eval_problems]
     longest = max(len(policy.prompt_ids(p.question)) for p in task.train + test_set)
-    check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
+    base, label = base_of(policy.model), method_name(settings.method)
+    check_length(base.config, longest + settings.max_new_tokens)
     if dry_run:
         return show_dry_run(policy, train_set, settings)
-    label, rank = method_name(settings.method), rank_and_world()[0]
-    name = name or f"{settings.task}-{label}"
+    rank, name = rank_and_world()[0], name or f"{settings.task}-{label}"
     run = gather([None if rank else open_run(settings, task, name, resume)])[0]
     with contextlib.nullcontext() if rank else locked(run):
-        base = base_of(policy.model)
         trainable, total = policy.model.get_nb_trainable_parameters()
+        form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
         console.print(
             f"{label} on {settings.task}: {len(train_set)} problems to train, {len(held_out)} to "
-            f"validate, {len(test_set)} to test\n{settings.prompts_per_step} x {settings.group_size} "
-            f"completions a step, {policy.prompt if len(policy.prompt) < 6 else 'template'} prompt\n"
-            f"{base.config.model_type}, {total / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M in "
-            f"LoRA, {str(base.dtype).split('.')[1]} on {base.device}\nrun {run}"
+            f"validate, {len(test_set)} to test\n{base.config.model_type}: {total / 1e6:,.1f} M "
+            f"parameters, {trainable / 1e6:,.2f} M in LoRA, {base.dtype}, {base.device}, {form} "
+            f"prompt\nrun {run}"
         )
-        train_and_compare(policy, train_set, held_out, test_set, settings, run)
-    if rank_and_world()[1] > 1:
-        accelerate.PartialState().wait_for_everyone()
-        accelerate.PartialState().destroy_process_group()
+        try:
+            train_and_compare(policy, train_set, held_out, test_set, settings, run)
+        except UserError:
+            begun = resume or (run / "eval.jsonl").exists() or (run / "state.pt").exists()
+            if rank == 0 and not begun:
+                shutil.rmtree(run, ignore_errors=True)  # a start that failed
+            raise
+    processes().wait_for_everyone()
+    processes().destroy_process_group()
 
 
 def trainable_model(policy: Policy, settings: Settings, given: set[str]):
@@ -2390,7 +2330,7 @@ def trainable_model(policy: Policy, settings: Settings, given: set[str]):
     if not settings.start_from:
         return add_lora(policy.model, *(getattr(settings, key) for key in shape))
     if asked := given.intersection(shape):
-        raise UserError(f"--adapter has its own shape of LoRA: leave out {min(asked)}.")
+        raise UserError(f"--adapter has its own shape of LoRA: leave out {flag(min(asked))}.")
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
@@ -2400,61 +2340,53 @@ def train_and_compare(policy, train_set, held_out, test_set, settings: Settings,
     again = f"python tokenrl.py train {settings.task} --resume {folder}{repeated(settings, CODE)}"
     with catch_signals(again) as stop:
         asked = partial(evaluate_once, policy, test_set, settings, run, stop)
-        results = {
-            phase: asked(phase) for phase in ["base"] + ["start"] * bool(settings.start_from)
-        }
+        phases = ["base", "start"] if settings.start_from else ["base"]  # start: as --adapter is
+        results = {phase: asked(phase) for phase in phases}
         if base := results["base"]:
-            cut = fmean(record["truncated"] for record in base)
             console.print(f"before training: {accuracy(base):.1%} of {len(base)} right (greedy)")
-            if cut > 0.5:
-                console.print(
-                    f"{cut:.0%} were cut off at {settings.max_new_tokens} tokens, which counts as "
-                    "wrong: unless that is what it shall learn, raise --max-new-tokens.",
-                    style="yellow",
-                )
+            if (cut := fmean(record["truncated"] for record in base)) > 0.5:
+                limit = f"{settings.max_new_tokens} tokens"
+                warn(f"{cut:.0%} were cut off at {limit} and count as wrong: see --max-new-tokens.")
         with live_table(settings.steps, memory) as show:
             for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
                 text = policy.text(first.completions[0])
                 note = completion_note(first.problem, text, first.rewards[0])
                 show(row, note if row["step"] % 10 == 1 else "")
         if any(gather([bool(stop)])):
-            # A command is printed as one line, so that it can be pasted.
             console.print("Stopped and saved. Continue with:", again, soft_wrap=True)
             raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
-        accelerate.PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         kept = safetensors.load_file(run / "adapter_model.safetensors")
         peft.set_peft_model_state_dict(policy.model, kept)
         results["trained"] = asked("trained")
     if test_set:
-        title = f"{settings.task}, {method_name(settings.method)}, {run}"
-        console.print(comparison_table(results, title))
-    rows = [row for _, row in read_rows(run / "metrics.jsonl")]
+        label = method_name(settings.method)
+        console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
+    rows = run_rows(run / "metrics.jsonl", STEP)
     console.print(training_summary(rows, memory))
     if not sum(row["tokens_trained"] for row in rows):
-        console.print(
-            "Nothing was trained: in no group did rewards differ. Check --reward and "
-            "--max-new-tokens with eval, or take easier problems or a larger model.",
-            style="yellow",
-        )
+        warn("Nothing was trained: rewards never differed. See --reward and --max-new-tokens.")
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
     command = f"python tokenrl.py eval {settings.task} --adapter {folder}"
-    command += repeated(settings, ["reward", "metric"])
-    console.print("Ask it again:", command, soft_wrap=True)
+    console.print("Ask it again:", command + repeated(settings, CODE[:2]), soft_wrap=True)
 
 
 def repeated(settings: Settings, keys: list[str]) -> str:
-    """What command lines that we print must say again: code, and where the data are."""
-    values = {key: getattr(settings, key) for key in keys}
-    text = "".join(f" --{k} {shlex.quote(v)}" for k, v in values.items() if is_code(v))
-    where = shlex.quote(settings.data_dir.as_posix())
-    return text if settings.data_dir == DATA else f"{text} --data-dir {where}"
+    """What a command that we print must say again: code, and where the data are."""
+    words = []
+    for key in keys:
+        if is_code(value := getattr(settings, key)):
+            words += [flag(key), value]
+    if settings.data_dir != DATA:
+        words += ["--data-dir", settings.data_dir.as_posix()]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 @contextlib.contextmanager
 def catch_signals(again: str):
-    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step in progress can be
-    finished and saved. A second one ends the program at once, saying `again`."""
+    """Yields a list that gets the first Ctrl-C or SIGTERM, so that the step in progress is saved. A
+    second one ends the program, saying `again`."""
     stop, owner = [], os.getpid()
 
     def handle(number, frame):
@@ -2480,8 +2412,7 @@ def catch_signals(again: str):
 
 @contextlib.contextmanager
 def progress(label: str, total: int, stop: list = ()):
-    """Yields the `tick` of evaluate: a bar with the time left, or without a terminal a line that
-    says that it has begun. A signal in `stop` ends it."""
+    """Yields the `tick` of evaluate: a bar, or without a terminal a line. `stop` ends it."""
     if not console.is_terminal:
         console.print(f"{label}: {total:,} answers ...")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -2496,31 +2427,24 @@ def progress(label: str, total: int, stop: list = ()):
 
 
 def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
-    """Evaluate and append to run/eval.jsonl, or take the records from there when resuming."""
+    """The records of a phase: those in run/eval.jsonl, or new ones, which are added there."""
     path = run / "eval.jsonl"
-    old = [row for _, row in read_rows(path)] if path.exists() else []
-    done = [row for row in old if row.get("phase") == phase]
-    if [row.get("question") for row in done] == [problem.question for problem in problems]:
+    old = run_rows(path, ANSWER)
+    done = [row for row in old if row["phase"] == phase]
+    if [row["question"] for row in done] == [problem.question for problem in problems]:
         return done
-    if phase == "start":
-        load_adapter(policy.model, Path(settings.start_from), "start", settings.model)
-        policy.model.set_adapter("start")
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
-    total = len(problems) * (1 + settings.eval_samples)
-    with bare, progress("evaluating", total, stop) as tick:
-        found = evaluate(policy, problems, settings, settings.eval_samples, tick)
-    if phase == "start":
-        policy.model.set_adapter("default")
-        policy.model.delete_adapter("start")
+    samples = settings.eval_samples
+    with bare, progress("evaluating", len(problems) * (1 + samples), stop) as tick:
+        found = evaluate(policy, problems, settings, samples, tick)
     records = [{"phase": phase, **record} for record in found]
     if rank_and_world()[0] == 0:
-        write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
+        write_jsonl(path, [row for row in old if row["phase"] != phase] + records)
     return records
 
 
 def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
-    """One step at its largest: the longest prompts, completions that never end, and signal in every
-    group."""
+    """One step at its largest: the longest prompts, no completion ends, every group has signal."""
     device, count = base_of(policy.model).device, settings.prompts_per_step + settings.replay
     by_length = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
     asked = (by_length * count)[-count:]  # where there are fewer, some come twice in a step
@@ -2534,18 +2458,19 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) ->
     credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
     sums, _ = update(policy, credited, len(rollouts), new_optimizer(policy.model), settings)
     seconds = time.perf_counter() - middle
-    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    rows = [
-        ("weights", gigabytes(weights)),
-        ("peak memory, rollout", gigabytes(rollout_peak)),
-        ("peak memory, update", gigabytes(peak_memory(device))),
-        ("tokens generated", f"{sum(len(c) for r in rollouts for c in r.completions):,}"),
-        ("tokens trained", f"{sums['tokens_trained']:,}"),
-        ("rollout / update, s", f"{middle - start:.1f} / {seconds:.1f}"),
-    ]
-    console.print(f"The largest step, {method_name(settings.method)}:")
-    for name, value in rows:
-        console.print(f"{name:22}{value:>14}")
+    console.print(
+        f"The largest step, {method_name(settings.method)}:\n"
+        f"weights               {gigabytes(memory_of(policy.model))}\n"
+        f"peak memory, rollout  {gigabytes(rollout_peak)}\n"
+        f"peak memory, update   {gigabytes(peak_memory(device))}\n"
+        f"tokens generated      {sum(len(c) for r in rollouts for c in r.completions):,}\n"
+        f"tokens trained        {sums['tokens_trained']:,}\n"
+        f"rollout / update, s   {middle - start:.1f} / {seconds:.1f}"
+    )
+
+
+def memory_of(model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
@@ -2555,15 +2480,14 @@ def eval_command(
     given: set[str],
     adapter: Annotated[list[Path] | None, own("A run's folder; may come again.")] = None,
     question: Annotated[str, own("Only answer this question of yours.")] = "",
-    samples: Annotated[int, own("Samples a problem too, for pass@k.")] = 0,
-    limit: Annotated[int | None, own("Only the first N test problems.", "all")] = None,
-    shown: Annotated[int, own("Answers shown of each kind.")] = 3,
+    samples: Annotated[int, own("Samples a problem too, for pass@k.", min=0)] = 0,
+    limit: Annotated[int | None, own("Only the first N test problems.", "all", min=1)] = None,
+    shown: Annotated[int, own("Answers shown of each kind.", min=0)] = 3,
     output: Annotated[Path | None, own("Write every answer to this JSONL file.")] = None,
     min_accuracy: Annotated[float, own("Exit code 1 if the last column is below.")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
-    if output:
-        check_writable(output)
+    check_writable(output)
     adapters = list(dict.fromkeys(adapter or []))
     if adapters:
         ask_as_trained(settings, given, adapters[0], [*ASKED, "metric"])
@@ -2571,34 +2495,36 @@ def eval_command(
     problems = [Problem(question, "")] if question else task.test[:limit]
     results = {}
     for number, folder in enumerate([None, *adapters]):
+        label = "base"
         if folder:
             label = str(folder) + "/" * (str(folder) == "base")
             policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
             policy.model.set_adapter(f"adapter{number}")
-        else:
-            label = "base"
         with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
-        if question:
-            console.print(Text(label, "bold"), results[label][0]["completion"], sep="\n")
     if question:
+        for name, [record] in results.items():
+            console.print(Text(name, "bold"), record["completion"], sep="\n")
         return
     if output:
-        rows = [{"policy": label, **r} for label, records in results.items() for r in records]
+        rows = [{"policy": name, **record} for name in results for record in results[name]]
         with open(output, "w", encoding="utf-8") as file:  # through a link, into a device
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
-    if (reached := accuracy(list(results.values())[-1])) < min_accuracy:
+    if not (reached := accuracy(results[label])) >= min_accuracy:  # NaN fails too
         errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
         raise typer.Exit(1)
 
 
-def check_writable(path: Path) -> None:
-    """Raise now, not after an hour, where a file cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a"):
-        pass
+def check_writable(path: Path | None, *kinds: str) -> None:
+    """Raise now, not after an hour, where --output cannot be written or is of no known kind."""
+    if path:
+        if kinds and path.suffix not in kinds:
+            raise UserError(f"--output {path} must end in {' or '.join(kinds)}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_fifo():  # whose reader would take it for the end
+            open(path, "a").close()
 
 
 @app.command("inspect", epilog="Example: python tokenrl.py inspect svamp --method all")
@@ -2611,13 +2537,10 @@ def inspect_command(
     output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
-    if output and output.suffix not in (".html", ".svg"):
-        raise UserError(f"--output {output} must end in .html or .svg.")
-    if output:
-        check_writable(output)
+    check_writable(output, ".html", ".svg")
     if adapter:
-        credit_numbers = ["method", "alpha", "p", "k", "group_size"]
-        ask_as_trained(settings, given, adapter, ASKED + credit_numbers)
+        numbers = ["method", "alpha", "p", "k", "group_size"]
+        ask_as_trained(settings, given, adapter, ASKED + numbers)
     methods = METHODS if settings.method == "all" else [settings.method]
     functions = {name: credit_function(replace(settings, method=name)) for name in methods}
     policy, task = find_policy(settings)
@@ -2651,18 +2574,17 @@ def inspect_command(
 @app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[
-        str, own("A column of metrics.jsonl: reward, validation, entropy, ...")
-    ] = "reward",
+    what: Annotated[str, own("A column of metrics.jsonl, such as validation.")] = "reward",
     output: Annotated[Path | None, own("Also draw it into this .png or .svg file.")] = None,
 ):
     """Draw the curves of one or more runs, in the terminal and as a picture."""
-    if output and output.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {output} must end in .png or .svg.")
+    check_writable(output, ".png", ".svg")
     curves = {}
     for run in runs:
-        files = [run / "metrics.jsonl", run / "eval.jsonl"]
-        rows, records = ([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
+        if not run.is_dir():
+            raise UserError(f"There is no run {run}.")
+        rows = run_rows(run / "metrics.jsonl", STEP)
+        records = run_rows(run / "eval.jsonl", ANSWER)
         phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
         gain = " → ".join(f"{accuracy(phase):.1%}" for phase in phases if all(phases))
         if curve := curve_of(rows, what):
@@ -2673,7 +2595,6 @@ def plot(
         raise UserError("There is nothing to draw.")
     console.print(curve_table(curves, what))
     if output:
-        check_writable(output)
         save_picture(curves, what, output)
         console.print(f"Written: {output}")
 
@@ -2693,8 +2614,12 @@ def merge(
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     source = Path(tokenizer.name_or_path)
-    kind = pick_dtype(dtype, "merge", stored_dtype(source))
-    model = load_adapter(model, run, "adapter", name).merge_and_unload(safe_merge=True).to(kind)
+    kind = stored_dtype(source) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
+    try:
+        adapted = load_adapter(model, run, "adapter", name)
+        model = adapted.merge_and_unload(safe_merge=True).to(kind)
+    except ValueError as error:  # lora_alpha can be NaN
+        raise UserError(f"{run} cannot be merged: {first_line(error)}") from None
     # The base's own top_k or penalties would answer otherwise than what was trained and measured.
     ends, pad = sorted(end_tokens(model, tokenizer)), model.generation_config.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
@@ -2702,23 +2627,21 @@ def merge(
     tokenizer.save_pretrained(out)
     if (source / "prompt.txt").is_file():
         shutil.copy(source / "prompt.txt", out)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    console.print(f"Written: {out}, {gigabytes(size)} in {str(kind).split('.')[1]}")
+    console.print(f"Written: {out}, {gigabytes(memory_of(model))} in {str(kind).split('.')[1]}")
     if "task" in trained and not is_bundled(name):
         settings = Settings(**trained)
         words = ["python", "tokenrl.py", "eval", settings.task, "--model", out.as_posix()]
         for key in ASKED[1:]:
-            if (value := getattr(settings, key)) != getattr(Settings, key) and not is_code(
-                str(value)
-            ):
-                words += [f"--{key.replace('_', '-')}", str(value)]
+            value = getattr(settings, key)
+            if value != getattr(Settings, key) and not is_code(str(value)):
+                words += [flag(key), str(value)]
         command = shlex.join(words) + repeated(settings, ["reward"])
         console.print("Check it:", command, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # Before torch is imported: threads that spin while they wait starve each other beside a busy
-    # core, and a GPU's memory in pieces that cannot grow is lost to fragments.
+    # Before torch is imported: spinning threads starve each other beside a busy core, and a GPU's
+    # memory in pieces that cannot grow is lost to fragments.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
