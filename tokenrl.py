@@ -160,7 +160,7 @@ class Settings:
     shots: int | None = option(None, "Worked examples.", "Rollout", shown="all")
     stop: str = option("", "Text that ends a completion too.", "Rollout", shown="none")
 
-    target_kl: float = option(0.003, "Largest KL of a step; 0: no limit.", "Update", TRAIN)
+    target_kl: float = option(0.001, "Largest KL of a step; 0: no limit.", "Update", TRAIN)
     beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN)
     lora_rank: int = option(16, "Rank of the LoRA matrices.", "Update", TRAIN, low=1)
     lora_alpha: float = option(32.0, "Scale: alpha / rank.", "Update", TRAIN)
@@ -416,7 +416,10 @@ def load_function(option: str) -> Callable:
     path, _, name = option.rpartition(":")
     try:
         with contextlib.chdir("."):  # and back, wherever it goes
-            return runpy.run_path(path)[name]
+            function = runpy.run_path(path)[name]
+            if not callable(function):
+                raise TypeError("no function")
+            return function
     except BaseException as error:  # sys.exit() too
         raise UserError(f"{name!r} cannot be loaded from {path}: {error!r}.") from None
 
@@ -613,12 +616,16 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
     """A task that `prep` wrote; `numeric`: all answers must be numbers."""
     folder = data_dir / name
     if not (folder / "train.jsonl").exists():
-        raise UserError(f"There is no task {name!r} in {data_dir}; make it with: tokenrl.py prep")
+        source = name if name in ("svamp", "multiply") else "YOUR_FILE.csv"
+        make = f"python tokenrl.py prep {source}"
+        raise UserError(f"There is no task {name!r} in {data_dir}; make it with: {make}")
     files = folder / "task.json", folder / "examples.jsonl"
-    facts, examples = ([r for _, r in read_rows(f)] if f.exists() else [] for f in files)
-    if not all(isinstance(row.get(key), str) for row in examples for key in ("question", "answer")):
-        raise UserError(f'{files[1]} lacks a "question" or a worked "answer" as text.')
-    task = Task([], [], examples, facts[0].get("decimal", "") if facts else "")
+    facts, examples = (read_rows(file) if file.exists() else [] for file in files)
+    for line, row in examples:
+        if not all(isinstance(row.get(key), str) for key in ("question", "answer")):
+            raise UserError(f"{files[1]} line {line} lacks a question or a worked answer as text.")
+    decimal = facts[0][1].get("decimal", "") if facts else ""
+    task = Task([], [], [row for _, row in examples], decimal)
     for path, problems in (folder / "train.jsonl", task.train), (folder / "test.jsonl", task.test):
         for line, row in read_rows(path):
             problems.append(to_problem(row))
@@ -1390,6 +1397,7 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
 
 TRAINED_ROWS = 64  # of [vocabulary] logits at a time; fewer would be scattered over malloc's heap
 MAX_GRAD_NORM = 1.0
+KL_TOKENS = 256  # so many are enough to estimate how far a step goes
 
 
 def ancestors(trie: Trie, nodes) -> set[int]:
@@ -1567,15 +1575,20 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
 
 def limit_step(policy, packs, before, params, start, settings) -> tuple[float, bool]:
     """Shorten the step from `start` until KL(policy before it || after it) is under --target-kl:
-    (that KL, whether nothing is left of the step). k3 over the first pack of each process."""
+    (that KL, whether nothing is left of the step). The mean of k3 (Schulman 2020) over the first
+    nodes of each process; `before` are the log-probs of its packs."""
     if not settings.target_kl:
         return 0.0, False
+    for prompt, trie, weights in packs[:1]:
+        nodes = next(split_nodes(trie, list(weights), KL_TOKENS))
+        known = dict(zip(weights, before[0]))
+        old = torch.stack([known[node] for node in nodes])
     for _ in range(8):
         sums = (0.0, 0)
-        for (prompt, trie, weights), old in zip(packs[:1], before):
+        if packs:
             with torch.no_grad():
-                new = packed_logprobs(policy.model, prompt, trie, weights, settings.temperature)
-            sums = ((new - old).expm1() - (new - old)).sum().item(), len(weights)
+                new = packed_logprobs(policy.model, prompt, trie, nodes, settings.temperature)
+            sums = ((new - old).expm1() - (new - old)).sum().item(), len(nodes)
         total, count = map(sum, zip(*gather([sums])))
         kl = total / count
         if kl <= settings.target_kl:
@@ -1583,12 +1596,10 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
         if not math.isfinite(kl):
             break
         share = 0.9 * math.sqrt(settings.target_kl / kl)  # KL grows with the square of a step
-        for p, old in zip(params, start):
-            p.data.copy_(old.lerp(p.data, share))
-        if share > 0.45:  # so near that the square need not be checked
-            return 0.81 * settings.target_kl, False
-    for p, old in zip(params, start):
-        p.data.copy_(old)
+        for p, origin in zip(params, start):
+            p.data.copy_(origin.lerp(p.data, share))
+    for p, origin in zip(params, start):
+        p.data.copy_(origin)
     return 0.0, True
 
 
@@ -1783,8 +1794,9 @@ def load_state(run: Path, model, optimizer) -> dict:
                 safetensors.load_file(
                     run / "adapter_model.safetensors"
                 )  # needed after all training
-        if log.exists() and rank_and_world()[0] == 0:
-            lines = read_text(log).splitlines(keepends=True)[: state["step"]]  # line n is step n
+        if rank_and_world()[0] == 0:
+            text = read_text(log) if log.exists() else ""
+            lines = text.splitlines(keepends=True)[: state["step"]]  # line n is step n
             if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
                 raise ValueError("steps are missing")
             write_atomically(log, "".join(lines))
@@ -1874,7 +1886,8 @@ def live_table(steps: int, memory: str):
             console.print(Text(line, "red" if row["skipped"] else ""), soft_wrap=True)
             bar.update(task, completed=row["step"])
             if note:
-                console.print(note, titles, sep="\n\n", soft_wrap=True)
+                console.print(note + "\n")
+                console.print(titles, soft_wrap=True)
 
         console.print(titles, soft_wrap=True)
         yield show
@@ -1891,9 +1904,11 @@ def completion_note(problem: Problem, text: str, reward: float) -> str:
 
 
 def training_summary(rows: list[dict], memory: str) -> str:
-    total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "validation"}
-    generated, trained = total["tokens_generated"], total["tokens_trained"]
-    rollout, seconds = total["rollout_s"] / len(rows), total["update_s"] / len(rows)
+    generated, trained, rollout, seconds = (
+        sum(row[key] for row in rows)
+        for key in ("tokens_generated", "tokens_trained", "rollout_s", "update_s")
+    )
+    rollout, seconds = rollout / len(rows), seconds / len(rows)
     minutes, peak = (rollout + seconds) * len(rows) / 60, max(row["peak_memory"] for row in rows)
     return (
         f"{len(rows)} steps in {minutes:.1f} min (a step: rollout {rollout:.2f} s, update "
@@ -1953,7 +1968,7 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
             own = [r["correct"] for r in records if r["type"] == kind]
             column[f"{kind or 'no type'} ({len(own)})"] = f"{fmean(own):.1%}"
         columns.append(column)
-    if len(names) > 2:
+    if len(names) > 2 and len("".join(names)) > 24:  # they would not stand side by side
         title += "".join(f"\n({i}) {name}" for i, name in enumerate(names) if i)
         names[1:] = [f"({i})" for i in range(1, len(names))]
     heads = [Column(name, justify="right") for name in names]
@@ -1990,12 +2005,13 @@ def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods
         yield Text("All rewards are equal: no method learns anything from this group.", "yellow")
     for name, (rule, weights) in methods.items():
         yield f"\n{name}: {rule}. {len(weights)} of {len(trie.tokens)} nodes are trained."
-        for path, reward, ended in zip(trie.paths, rewards, finished):
-            text = credit_text(decode, trie, path, weights)
-            yield Text.assemble(f"reward {reward:g}  ", text, "" if ended else " (cut off)")
+        rows = zip(trie.paths, rewards, finished)
+        for number, (path, reward, ended) in enumerate(rows, 1):
+            text, mark = credit_text(decode, trie, path, weights), "" if ended else " (cut off)"
+            yield Text.assemble(f"{number:2} reward {reward:g}  ", text, mark)
     through = rewards_through(trie, rewards)
     parts = [n for n, parent in enumerate(trie.parents) if len(through[n]) < len(through[parent])]
-    yield "\nWhere they part (completions, mean reward, next token)"
+    yield "\nbranch points (completions, mean reward, next token)"
     for n in sorted(parts, key=lambda n: -len(through[n]))[:12]:
         count, mean = len(through[n]), fmean(through[n])
         yield f"{count:4} {mean:6.2f}  token {trie.depths[n] + 1}: {decode([trie.tokens[n]])!r}"
@@ -2321,7 +2337,6 @@ def train_command(
                 shutil.rmtree(run, ignore_errors=True)  # a start that failed
             raise
     processes().wait_for_everyone()
-    processes().destroy_process_group()
 
 
 def trainable_model(policy: Policy, settings: Settings, given: set[str]):
@@ -2581,8 +2596,6 @@ def plot(
     check_writable(output, ".png", ".svg")
     curves = {}
     for run in runs:
-        if not run.is_dir():
-            raise UserError(f"There is no run {run}.")
         rows = run_rows(run / "metrics.jsonl", STEP)
         records = run_rows(run / "eval.jsonl", ANSWER)
         phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
@@ -2666,4 +2679,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        if "torch" in sys.modules and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # gloo's threads could abort the end

@@ -127,7 +127,7 @@ def test_each_column_is_its_own_adapter_and_the_gate_asks_the_last(cli):
         assert code == wanted and said["zero"] == said["base"] != said["wild"]
         # What each adapter mended, broke and left wrong is shown in full, beside the base's answer.
         assert "wild against base" in text and "zero against base: 0 mended" in text
-        assert "broken" in text and "still wrong" in text and "more broken" in text
+        assert "broken, up to 1 shown" in text and "still wrong" in text
 
 
 def test_eval_answers_a_question_of_the_users(cli):
@@ -210,13 +210,13 @@ def test_runs_never_overwrite_each_other(cli):
 def test_dry_run(cli):
     code, text = cli("train", "svamp", *FAST, "--dry-run", "--method", "grpo")
     assert code == 0 and "memory, update" in text and "memory, rollout" in text
-    assert "tokens generated │ 192" in text  # 2 x 4 x 24: none ends early
+    assert "tokens generated 192" in text  # 2 x 4 x 24: none ends early
     assert not Path("runs").exists()
     few = small_task(train=3, test=3)
     text = cli("train", *few, *FAST, "--prompts-per-step", 8, "--dry-run")[1]
-    assert "tokens generated │ 768" in text  # 8 x 4 x 24: problems come again, as in training
+    assert "tokens generated 768" in text  # 8 x 4 x 24: problems come again, as in training
     text = cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")[1]
-    assert "tokens generated │ 288" in text
+    assert "tokens generated 288" in text
 
 
 def test_no_test_problems_are_none(cli):
@@ -633,11 +633,10 @@ def test_out_of_memory(cli, monkeypatch, message):
         ("eval svamp --limit -1", ["--limit"]),
         ("eval svamp --samples -1", ["--samples"]),
         ("eval svamp --shown -1", ["--shown"]),
-        ("eval svamp --min-accuracy nan", ["--min-accuracy"]),
         ("inspect svamp --index 999", ["--index", "700"]),
         ("inspect svamp --output group.pdf", [".svg"]),
         ("plot none", ["none"]),
-        ("plot none --what weight", ["weight", "reward"]),
+        ("plot none --what weight", ["nothing to draw"]),
     ],
 )
 def test_bad_arguments(cli, arguments, words):
@@ -762,7 +761,7 @@ def test_a_start_that_failed_leaves_no_folder_behind(cli):
     Path("bad.py").write_text("def f(text, answer): return 2\n")
     for _ in range(2):
         options = ["--reward", "bad.py:f", "--name", "x"]
-        assert refused(cli("train", "svamp", *FAST, *options), "returned 2")
+        assert refused(cli("train", "svamp", *FAST, *options), "not from 0 to 1")
     assert not Path("runs/x-2").exists()
     one_step(cli, "x")
     assert os.listdir("runs") == ["x"]
