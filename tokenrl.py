@@ -1579,7 +1579,8 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
     nodes of each process; `before` are the log-probs of its packs."""
     if not settings.target_kl:
         return 0.0, False
-    for prompt, trie, weights in packs[:1]:
+    if packs:
+        prompt, trie, weights = packs[0]
         nodes = next(split_nodes(trie, list(weights), KL_TOKENS))
         known = dict(zip(weights, before[0]))
         old = torch.stack([known[node] for node in nodes])

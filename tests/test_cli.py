@@ -70,7 +70,7 @@ def check_learning(run, text, low, high):
 
 
 LEARN = ["--device", "cpu", "--steps", "10", "--validate-every", "10", "--lr", "2e-3"]
-LEARN += ["--eval-problems", "100"]
+LEARN += ["--eval-problems", "100", "--target-kl", "0.01"]
 
 
 def test_training_learns(tmp_path):
@@ -400,7 +400,7 @@ def test_training_goes_on_from_an_adapter(cli):
         ["--lora-targets", "v_proj"],
         ["--lora-layers", 1],
     ):
-        assert refused(cli("train", "svamp", *more, *shape), shape[0][2:].replace("-", "_"))
+        assert refused(cli("train", "svamp", *more, *shape), shape[0])
     few = small_task("other")  # another task
     code, text = cli("train", *few, *FAST, "--steps", "1", "--adapter", first)
     assert code == 0 and Path("runs/other-s-grpo").is_dir() and "start" in text

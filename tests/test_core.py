@@ -535,6 +535,7 @@ def saved(tmp_path):
     state = tokenrl.load_state(tmp_path, model, optimizer)
     take_step(model, optimizer, settings_of())
     tokenrl.save_run(tmp_path, model, optimizer, state | {"step": 3}, keep=True)
+    tokenrl.write_jsonl(tmp_path / "metrics.jsonl", [{"step": step} for step in (1, 2, 3)])
     return tmp_path, model
 
 

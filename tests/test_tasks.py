@@ -255,7 +255,7 @@ def test_the_bundled_task_is_read():
         (
             "examples.jsonl",
             '{"question": "q", "answer": "a"}\n{"question": "q"}\n',
-            "examples.jsonl lacks",
+            "examples.jsonl line 2 lacks",
         ),
         ("task.json", '{"decimal": ";"}', "is not a number"),
         ("task.json", '{"decimal": [1]}', "is not a number"),

@@ -287,8 +287,8 @@ def test_show_group(screen):
     text = group(screen, [1.0, 0.0, 0.0, 0.5], methods)
     for part in (PROBLEM.question, "56", "rule one", "rule [/b] two", "node", "2 of 7", "1 of 7"):
         assert part in text
-    assert re.search(r"^reward 1  \[\+\+\+2 \]3 \[---4 \] *$", text, re.M)
-    cut = re.findall(r"^reward (\S+) .*\(cut off\) *$", text, re.M)
+    assert re.search(r"^ 1 reward 1  \[\+\+\+2 \]3 \[---4 \] *$", text, re.M)
+    cut = re.findall(r"^ \d reward (\S+) .*\(cut off\) *$", text, re.M)
     assert cut == ["0.5", "0.5"]  # one completion, by both methods
     ways = re.findall(r"^ +(\d) +(\d\.\d+) +token (\d): '(\d) '", text, re.M)
     first, second, third = ways[:2], ways[2], ways[3:]
