@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.13", "transformers>=5.23", "peft>=0.21", "typer>=0.29", "rich>=15"]
+# dependencies = [
+#   "torch>=2.11,<3", "transformers>=5.17,<6", "peft>=0.20,<1", "typer>=0.20,<1", "rich>=14,<16"
+# ]
 # ///
 """tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
 
@@ -1966,8 +1968,8 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
             if key in records[0]:
                 column[key] = f"{fmean(r[key] for r in records):{form}}"
         for kind in kinds if 1 < len(kinds) <= 20 else []:
-            own = [r["correct"] for r in records if r["type"] == kind]
-            column[f"{kind or 'no type'} ({len(own)})"] = f"{fmean(own):.1%}"
+            if own := [r["correct"] for r in records if r["type"] == kind]:
+                column[f"{kind or 'no type'} ({len(own)})"] = f"{fmean(own):.1%}"
         columns.append(column)
     if len(names) > 2 and len("".join(names)) > 24:  # they would not stand side by side
         title += "".join(f"\n({i}) {name}" for i, name in enumerate(names) if i)

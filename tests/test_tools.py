@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -401,6 +402,13 @@ def test_ruff(command):
     command = [sys.executable, "-m", "ruff", *command.split(), "tokenrl.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_scripts_header_and_requirements_name_the_same():
+    source = (ROOT / "tokenrl.py").read_text(encoding="utf-8")
+    header = re.match(r"# /// script\n(.*?)# ///", source, re.S)[1]
+    wanted = tomllib.loads(re.sub("(?m)^# ?", "", header))["dependencies"]
+    assert wanted == (ROOT / "requirements.txt").read_text().split()
 
 
 def test_the_file_is_small_and_its_heart_knows_no_screen():

@@ -80,7 +80,7 @@ def test_live_table_has_the_numbers_of_the_row(screen):
     console = screen()
     with tokenrl.live_table(3, "memory") as show:
         show(metrics(12))
-    head, row = console.text().splitlines()
+    head, row = filter(str.strip, console.text().splitlines())
     shown = dict(zip(head.split(), row.split()))
     assert shown.pop("memory") == "0.44G" and shown.pop("trained") == "15.0%"
     assert shown.pop("signal") == "75%"
