@@ -2656,9 +2656,10 @@ def merge(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # Before torch is imported: spinning threads starve each other beside a busy core, and a GPU's
-    # memory in pieces that cannot grow is lost to fragments.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch is imported: threads that wait spinning starve each other beside a busy core (600
+    # turns cost a quiet machine nothing), and a GPU's memory in fixed pieces is lost to fragments.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "600")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     sys.modules.setdefault("tokenrl", sys.modules[__name__])  # for `import tokenrl` in a FILE.py
