@@ -203,6 +203,8 @@ def check_settings(settings: Settings) -> None:
             raise UserError(f"{flag(item.name)} {value} is not of type {wanted}.")
 
 
+# ---- 2. Answers: reading the final number or text of a completion -------------------------------
+
 # What Unicode, Markdown and LaTeX spell in many ways gets one spelling, in this order.
 _SAME = str.maketrans(
     "‐‒–—―−⁄∕’‘“”×·⋅∙∗≈", "------//''\"\"*****=", "\u200b\u200c\u200d\u2060\ufeff"
@@ -361,7 +363,7 @@ def exact_reward(text: str, answer: str) -> float:
     return float(final_text(text).casefold() == final_text("#### " + answer).casefold())
 
 
-# ---- tasks and rewards, second half: rewards, files, problems ------------------------------------
+# ---- 3. Tasks: rewards, files, problems, prep ---------------------------------------------------
 
 
 SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
@@ -710,7 +712,7 @@ def fetch_model(name: str) -> str:
         ) from None
 
 
-# ---- 3. Policy: model, tokenizer, LoRA, prompts, memory meter -----------------------------------
+# ---- 4. Policy: model, tokenizer, LoRA, prompts, memory meter -----------------------------------
 
 
 @dataclass
@@ -1026,7 +1028,7 @@ def deviations(model, tokenizer) -> tuple[float, ...]:
     return ((ours - theirs).norm() / theirs.norm()).item(), *means
 
 
-# ---- 4. Rollout: sampling groups of completions -------------------------------------------------
+# ---- 5. Rollout: sampling groups of completions -------------------------------------------------
 
 SAMPLED_ROWS = 48  # of [vocabulary] logits at a time: with 152k tokens below malloc's 32 MiB
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32
@@ -1259,7 +1261,7 @@ def replay_points(policy, rollouts: list[Rollout], turns: range, settings, rng: 
     return problems, prefixes
 
 
-# ---- 5. Credit: the trie and one short pure function per method ---------------------------------
+# ---- 6. Credit: the trie and one short pure function per method ---------------------------------
 
 
 class Trie:
@@ -1395,7 +1397,7 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
     return credited
 
 
-# ---- 6. Update: pack, forward, loss, step -------------------------------------------------------
+# ---- 7. Update: pack, forward, loss, step -------------------------------------------------------
 
 TRAINED_ROWS = 64  # of [vocabulary] logits at a time; fewer would be scattered over malloc's heap
 MAX_GRAD_NORM = 1.0
@@ -1606,7 +1608,7 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
     return 0.0, True
 
 
-# ---- 7. The training loop -----------------------------------------------------------------------
+# ---- 8. The training loop -----------------------------------------------------------------------
 
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -1679,7 +1681,7 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         check_alive(state, row, run)
 
 
-# ---- 8. Around the loop: processes, metrics, saving and resuming, evaluation ---------------------
+# ---- 9. Around the loop: processes, metrics, saving and resuming, evaluation --------------------
 
 DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
 
@@ -1844,7 +1846,7 @@ def validate(policy, held_out, settings) -> float:
     return fmean(record["correct"] for record in evaluate(policy, held_out, settings))
 
 
-# ---- 9. Views: what is known, as tables and text -------------------------------------------------
+# ---- 10. Views: what is known, as tables and text -----------------------------------------------
 
 
 def gigabytes(size: float) -> str:
@@ -2069,7 +2071,7 @@ def save_picture(curves: dict[str, dict], what: str, path: Path) -> None:
     figure.savefig(path)
 
 
-# ---- 10. Commands -------------------------------------------------------------------------------
+# ---- 11. Commands -------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
