@@ -1584,8 +1584,6 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
     """Shorten the step from `start` until KL(policy before it || after it) is under --target-kl:
     (that KL, whether nothing is left of the step). The mean of k3 (Schulman 2020) over the first
     nodes of each process; `before` are the log-probs of its packs."""
-    if not settings.target_kl:
-        return 0.0, False
     if packs:
         prompt, trie, weights = packs[0]
         nodes = next(split_nodes(trie, list(weights), KL_TOKENS))
@@ -1599,7 +1597,7 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
             sums = ((new - old).expm1() - (new - old)).sum().item(), len(nodes)
         total, count = map(sum, zip(*gather([sums])))
         kl = total / count
-        if kl <= settings.target_kl:
+        if kl <= settings.target_kl or not settings.target_kl:
             return kl, False
         if not math.isfinite(kl):
             break
@@ -1722,7 +1720,10 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
         state["rewards"] = []
     if score is None or score < least:
         return False
-    state["best"], state["best_step"] = max(score, state["best"]), row["step"]
+    state["best"] = max(score, state["best"])
+    if "validation" not in row and not row["kl"] < 1:  # the rewards are older than a wild step
+        return False
+    state["best_step"] = row["step"]
     return True
 
 

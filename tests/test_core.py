@@ -1530,7 +1530,9 @@ def new_state(tmp_path, **changes):
 
 
 def row_of(step, **changes):
-    row = dict(step=step, reward=0.5, signal=0.5, truncated=0.1, tokens_trained=9, skipped=False)
+    row = dict(
+        step=step, reward=0.5, signal=0.5, truncated=0.1, tokens_trained=9, skipped=False, kl=0.001
+    )
     return row | changes
 
 
@@ -1580,6 +1582,16 @@ def test_without_validation_a_policy_that_fell_does_not_replace_a_good_one(tmp_p
         kept.append(tokenrl.judge(state, row_of(number, reward=reward), saving))
     assert kept == [False, True, False, True, False, False, False, True]
     assert state["best_step"] == 8 and state["best"] == pytest.approx(0.55)
+
+
+def test_without_a_limit_an_adapter_of_a_wild_step_is_not_kept(tmp_path):
+    """Its rewards are those from before the step."""
+    for kl in (3.0, math.nan, math.inf):
+        state = new_state(tmp_path)
+        assert tokenrl.judge(state, row_of(1), True)
+        assert not tokenrl.judge(state, row_of(2, kl=kl), True)
+        assert not tokenrl.judge(state, row_of(3, reward=0.0, kl=0.0), True)
+        assert state["best_step"] == 1
 
 
 def test_validation_decides_what_is_kept(tmp_path):
