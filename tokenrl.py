@@ -1846,7 +1846,7 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
 
 
 def validate(policy, held_out, settings) -> float:
-    """The share of `held_out` that the greedy answer solves."""
+    """The share that the greedy answer solves."""
     return fmean(record["correct"] for record in evaluate(policy, held_out, settings))
 
 
@@ -2227,7 +2227,7 @@ def adapter_settings(run: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{run} holds no adapter (no {path.name}).")
     model = read_json(path).get("base_model_name_or_path")
-    return {"model": str(model or "a model that it does not name")} | run_settings(run)
+    return {"model": str(model or "an unnamed model")} | run_settings(run)
 
 
 def refuse_foreign_code(settings: Settings, given: set[str], keys: list[str], run: Path) -> None:
@@ -2662,8 +2662,8 @@ def merge(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    # Before torch is imported: threads that wait spinning starve each other beside a busy core (600
-    # turns cost a quiet machine nothing), and a GPU's memory in fixed pieces is lost to fragments.
+    # Before torch is imported: threads that spin long starve each other beside a busy core, and a
+    # GPU's memory in fixed pieces is lost to fragments.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "600")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

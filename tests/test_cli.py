@@ -904,7 +904,7 @@ def test_an_adapter_that_does_not_fit(cli, tmp_path):
     Path("nameless").mkdir()
     for foreign, word in (
         ("[]", "adapter_config.json"),
-        ('{"base_model_name_or_path": null}', "made for a model that it does not name"),
+        ('{"base_model_name_or_path": null}', "made for an unnamed model"),
         ('{"base_model_name_or_path": 3}', "made for 3"),
         ('{"base_model_name_or_path": "model"}', "nameless"),
     ):
