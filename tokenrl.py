@@ -108,6 +108,11 @@ class NotFinite(UserError):
     """NaN or infinity where the model should give numbers."""
 
 
+def refuse(bad, sentence: str) -> None:
+    if bad:
+        raise UserError(sentence)
+
+
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
