@@ -18,13 +18,6 @@ method is a credit function, which gives weights to some of the nodes, and
 
     loss = - sum over weighted nodes n of  weight(n) * log pi(token(n) | prefix(n))
 
-    GRPO    sum over completions i through n of  A_i / (G * len_i),
-            A_i = (R_i - mean R) / (std R + eps)
-    S-GRPO  the same over a random subset T_i of positions: t < alpha always, each later one with
-            probability p while there are fewer than k
-    T-SPMO  mean R of the completions through n - mean R of those through its parent, / number of
-            nodes with credit; times pi(n), which makes its term one of pi instead of log pi
-
 Only ancestors of weighted nodes need a forward pass and only their parents need logits. They go
 through the model, after the prompt, as ONE sequence where each token sees its ancestors: exactly.
 
@@ -102,10 +95,6 @@ class UserError(Exception):
 
 class Unreachable(UserError):
     """What should come from the network cannot be had."""
-
-
-class NotFinite(UserError):
-    """NaN or infinity where the model should give numbers."""
 
 
 def refuse(bad, sentence: str) -> None:
@@ -739,23 +728,19 @@ class Policy:
 
     def prompt_ids(self, question: str) -> list[int]:
         if self.prompt == "chat":
-            turns = []
-            for row in self.examples:
-                turns.append({"role": "user", "content": row["question"]})
-                turns.append({"role": "assistant", "content": row["answer"]})
+            roles = {"question": "user", "answer": "assistant"}
+            turns = [{"role": roles[k], "content": row[k]} for row in self.examples for k in roles]
             turns.append({"role": "user", "content": question})
             return chat_ids(self.tokenizer, turns, add_generation_prompt=True)
         text = self.prompt.replace("{question}", question)
         if self.prompt == "plain":
             shots = [f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in self.examples]
             text = "".join(shots) + f"Question: {question}\nAnswer:"
-        begin, end = getattr(self.tokenizer, "bos_token", None), self.tokenizer.eos_token
-        if begin and text.startswith(begin):  # a template may hold it itself
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        ids = self.tokenizer.encode(text)
-        if end and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end):
-            ids.pop()  # some tokenizers append it, and nothing follows an end
-        return ids
+        # A template may hold the begin token itself, and the end that some append is wrong here.
+        ids, begin = self.tokenizer.encode(text, add_special_tokens=False), []
+        if getattr(self.tokenizer, "bos_token_id", None) in (first := self.tokenizer.encode("1")):
+            begin = first[:1]
+        return ids if ids[:1] == begin else begin + ids
 
     def text(self, completion: list[int]) -> str:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -804,10 +789,10 @@ def pick_device(device: str) -> str:
 
 def pick_dtype(dtype: str, device: str, stored):
     """The dtype to compute in. auto: 16 bits, except if `stored` in 32 or where they are slow."""
-    if dtype in ("float32", "bfloat16", "float16"):
-        return getattr(torch, dtype)
+    known = ("auto", "float32", "bfloat16", "float16")
+    refuse(dtype not in known, f"--dtype {dtype} is none of {', '.join(known)}.")
     if dtype != "auto":
-        raise UserError(f"--dtype {dtype} is none of auto, float32, bfloat16, float16.")
+        return getattr(torch, dtype)
     if stored == torch.float32:
         return torch.float32
     if device.startswith("cuda"):
@@ -828,8 +813,10 @@ def stored_dtype(folder: str):
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     """(model, tokenizer) of a hub id, a local folder, or "demo"."""
-    folder = str(DATA / "demo") if is_bundled(name) else fetch_model(name)
-    device = pick_device(device)
+    folder, device = (
+        str(DATA / "demo") if is_bundled(name) else fetch_model(name),
+        pick_device(device),
+    )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -841,21 +828,19 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
-    if found["missing_keys"]:  # transformers fills them with random numbers
-        raise UserError(f"{name} lacks weights of its model, such as {min(found['missing_keys'])}.")
-    if not tokenizer.encode("1"):
-        raise UserError(f"{name} lacks its tokenizer (tokenizer.json).")
+    missing = sorted(found["missing_keys"])  # transformers fills them with random numbers
+    refuse(missing, f"{name} lacks weights of its model, such as {missing[:1]}.")
+    refuse(not tokenizer.encode("1"), f"{name} lacks its tokenizer (tokenizer.json).")
     check_finite(model.named_parameters(), name)
     if not is_bundled(name):
         model.name_or_path = name  # what adapters are said to be made for
-    model.eval()  # no dropout: train the log-probs that were sampled from
-    return model.to(device), tokenizer
+    return model.eval().to(device), tokenizer  # no dropout: train what was sampled from
 
 
 def check_finite(weights, name) -> None:
     for key, weight in weights:
-        if not torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).isfinite():
-            raise UserError(f"{name} holds numbers that are not finite, in {key}.")
+        finite = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).isfinite()
+        refuse(not finite, f"{name} holds numbers that are not finite, in {key}.")
 
 
 def base_of(model):
@@ -866,15 +851,12 @@ def base_of(model):
 def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     """LoRA on the last `layer_share` of the layers; those below store no activations."""
     stack = base_of(model).get_decoder().layers
-    leaves = [(name.rpartition(".")[2], module) for name, module in stack.named_modules()]
-    linear = sorted({name for name, module in leaves if isinstance(module, torch.nn.Linear)})
+    leaves = {name.rpartition(".")[2]: module for name, module in stack.named_modules()}
+    linear = sorted(name for name, leaf in leaves.items() if isinstance(leaf, torch.nn.Linear))
     wanted = linear if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     for target in wanted:  # peft complains only when it finds none of them
-        if target not in dict(leaves):
-            raise UserError(
-                f"--lora-targets: the layers have no module {target!r}; use all-linear, or some of "
-                f"{', '.join(linear)}."
-            )
+        choice = f"use all-linear, or some of {', '.join(linear)}"
+        refuse(target not in leaves, f"--lora-targets: layers have no module {target!r}; {choice}.")
     first = len(stack) - max(1, round(len(stack) * layer_share))
     options = {"r": rank, "lora_alpha": alpha, "target_modules": wanted, "task_type": "CAUSAL_LM"}
     options["layers_to_transform"] = list(range(first, len(stack)))
@@ -887,10 +869,9 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
     """The model, which the user calls `given`, with the adapter of a run's folder."""
     made_for, path = adapter_settings(folder)["model"], folder / "adapter_model.safetensors"
-    if Path(made_for).name != Path(given).name:
-        raise UserError(f"{folder} was made for {made_for}, not for {given}; give its --model.")
-    if not path.is_file():  # peft would ask the hub for it
-        raise UserError(f"{folder} holds no adapter (no {path.name}).")
+    other = Path(made_for).name != Path(given).name
+    refuse(other, f"{folder} was made for {made_for}, not for {given}; give its --model.")
+    refuse(not path.is_file(), f"{folder} holds no adapter (no {path.name}).")  # peft asks the hub
     options = {"adapter_name": name, "is_trainable": trainable}
     options["torch_device"] = str(base_of(model).device)
     try:
@@ -911,9 +892,8 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
 def save_checkpoint(thing, folder: Path, **options) -> None:
     """save_pretrained with the usual permissions: safetensors lets only the owner read."""
     thing.save_pretrained(str(folder), **options)
-    os.umask(mask := os.umask(0))
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
+        shutil.copymode(next(folder.glob("*config.json")), path)
 
 
 def end_tokens(model, tokenizer=None) -> set[int]:
@@ -937,12 +917,12 @@ def choose_prompt(option: str, model, tokenizer) -> str:
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
         chats = template and end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:])
         option = "chat" if chats else "plain"
-    if option == "chat" and not template:
-        raise UserError("This model has no chat template; use --prompt plain, or a file.")
+    lacking = option == "chat" and not template
+    refuse(lacking, "This model has no chat template; use --prompt plain, or a file.")
     if option in ("chat", "plain"):
         return option
-    if "{question}" not in (text := read_text(Path(option))):
-        raise UserError(f"The prompt file {option} does not contain {{question}}.")
+    text = read_text(Path(option))
+    refuse("{question}" not in text, f"The prompt file {option} does not contain {{question}}.")
     return text
 
 
@@ -975,62 +955,60 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def check_length(config, length: int) -> None:
+    """Refuse what exceeds a model's context, or its sliding window, where packs are not exact."""
+    text = config.get_text_config()
+    limit, what = getattr(text, "max_position_embeddings", None) or math.inf, "context"
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    if slides and (getattr(text, "sliding_window", None) or limit) < limit:
+        limit, what = text.sliding_window, "sliding window"
+    advice = "lower --max-new-tokens or shorten the prompt"
+    refuse(length > limit, f"{length} tokens are over the {what} of this model, {limit}; {advice}.")
+
+
 def check_model(model, tokenizer) -> None:
     """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
     do, or changes its logits in a way of its own."""
     base = base_of(model)
     try:
-        logits, drawn, packed, noise = deviations(model, tokenizer)
-        limit = 1e-3 if base.dtype == torch.float32 else 1.5 * noise
-        if logits < 0.01 and drawn < limit and packed < limit:
-            return
-        fault = f"logits differ by {logits:.2g}, log-probs by {drawn:.2g} and {packed:.2g}"
+        gaps = deviations(model, tokenizer)
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
-        fault = f"{type(error).__name__}: {first_line(error)}"
-    raise UserError(
-        f"This model's architecture ({base.config.model_type}) does not fit the packed update "
-        f"({fault}); use a plain decoder such as Qwen2, Llama or Gemma."
-    )
+        gaps = {f"{type(error).__name__}, {first_line(error)}": math.inf}
+    for what, gap in gaps.items():
+        kind = f"{base.config.model_type} models do not fit the packed update"
+        refuse(not gap < 1, f"{kind} ({what}: {gap:.2g}); use a plain decoder such as Qwen2.")
 
 
-def deviations(model, tokenizer) -> tuple[float, ...]:
-    """How far our logits are from the model's own (relative), and from a plain pass's log-probs
-    (root mean square) those of sampling, of packing, and of a pass with noise like rounding's."""
+def deviations(model, tokenizer) -> dict[str, float]:
+    """How far our logits, and the log-probs of sampling and of packing, are from the model's own in
+    a plain pass: root mean squares, as shares of what can be rounding."""
     base, rng = base_of(model), random.Random(0)
-    size = min(len(tokenizer), base.config.get_text_config().vocab_size)
+    config = base.config.get_text_config()
+    size = min(len(tokenizer), config.vocab_size)
     ids = [rng.randrange(size) for _ in range(30)]
     prompts = [ids[:17], ids[:3] + ids[17:]]
     options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
     groups, _, stats = sample(model, tokenizer, prompts, 5, **options)
-    epsilon, generator = torch.finfo(base.dtype).eps / 4, torch.Generator().manual_seed(0)
-
-    def add_noise(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden.mul_(1 + epsilon * torch.randn(hidden.shape, generator=generator).to(hidden))
-
-    def plain_pass(inputs, start, group):
-        logits = base(input_ids=inputs).logits.float()
-        parts = [row[start : start + len(c)].log_softmax(-1) for row, c in zip(logits, group)]
-        return logits, torch.cat([p[range(len(c)), c] for p, c in zip(parts, group)]).cpu()
-
     gaps = []
     for prompt, group, logprobs in zip(prompts, groups, stats):
         trie, rows = Trie(group), [torch.tensor(prompt + completion) for completion in group]
         inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base.device)
         with torch.inference_mode():
-            theirs, wanted = plain_pass(inputs, len(prompt) - 1, group)
+            theirs = base(input_ids=inputs).logits.float()
             ours = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
-            nodes = packed_logprobs(model, prompt, trie, range(len(trie.tokens)))
-            hooks = [layer.register_forward_hook(add_noise) for layer in base.get_decoder().layers]
-            _, noisy = plain_pass(inputs, len(prompt) - 1, group)
-            for hook in hooks:
-                hook.remove()
-        packed = nodes.cpu()[sum(trie.paths, [])]
-        gaps.append(torch.stack([torch.tensor(sum(logprobs, [])), packed, noisy]) - wanted)
-    means = torch.cat(gaps, 1).pow(2).mean(1).sqrt().tolist()
-    return ((ours - theirs).norm() / theirs.norm()).item(), *means
+            packed = packed_logprobs(model, prompt, trie, range(len(trie.tokens))).cpu()
+        after = [row[len(prompt) - 1 :].log_softmax(-1) for row in theirs.cpu()]
+        wanted = torch.cat([row[range(len(c)), c] for row, c in zip(after, group)])
+        gaps.append(torch.stack([torch.tensor(sum(logprobs, [])), packed[sum(trie.paths, [])]]))
+        gaps[-1] -= wanted
+    # Each layer rounds anew, by about epsilon of what is there: a random walk.
+    epsilon, spread = torch.finfo(base.dtype).eps, theirs.std(-1).mean().item()
+    rounding = max(1e-3, epsilon * spread * math.sqrt(config.num_hidden_layers))
+    drawn, packed = (torch.cat(gaps, 1).pow(2).mean(1).sqrt() / rounding).tolist()
+    logits = ((ours - theirs).norm() / theirs.norm()).item() / 0.01
+    return {"logits": logits, "sampling": drawn, "packing": packed}
 
 
 # ---- 5. Rollout: sampling groups of completions -------------------------------------------------
@@ -1206,7 +1184,7 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
                 part.append(value)
         tokens = columns[0]
         if tokens.min() < 0:
-            raise NotFinite("The logits are not finite; try a lower --lr or --dtype float32.")
+            raise UserError("The logits are not finite; try a lower --lr or --dtype float32.")
         keep = [i for i, row in enumerate(live) if not ended(owners[row], completions[row][0])]
         if not keep:
             return completions
@@ -1288,6 +1266,7 @@ class Trie:
         self.tokens, self.parents, self.depths, self.paths = [], [], [], []
         self.entropies = None if entropies is None else []
         self.logprobs = None if logprobs is None else []
+        given = (self.tokens, completions), (self.entropies, entropies), (self.logprobs, logprobs)
         node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
         for number, completion in enumerate(completions):
             node, path = -1, []
@@ -1295,13 +1274,11 @@ class Trie:
                 key = (node, token)
                 if key not in node_of:
                     node_of[key] = len(self.tokens)
-                    self.tokens.append(token)
                     self.parents.append(node)
                     self.depths.append(depth)
-                    if entropies is not None:
-                        self.entropies.append(entropies[number][depth])
-                    if logprobs is not None:
-                        self.logprobs.append(logprobs[number][depth])
+                    for values, rows in given:
+                        if values is not None:
+                            values.append(rows[number][depth])
                 node = node_of[key]
                 path.append(node)
             self.paths.append(path)
@@ -1367,19 +1344,17 @@ def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
 def credit_function(settings) -> Callable[[Trie, list[float], random.Random], dict[int, float]]:
     """(trie, rewards, rng) -> {node: weight}, as --method names it: one of the three above with its
     numbers from the settings, or a function of the user's own."""
-    numbers = {"alpha": settings.alpha, "p": settings.p, "k": settings.k or None}
+    method, alpha, k = settings.method, settings.alpha, settings.k
+    refuse(0 < k < alpha, f"--k {k} must not be less than --alpha {alpha}.")
+    numbers = {"alpha": alpha, "p": settings.p, "k": k or None}
     own = {
         "grpo": lambda trie, rewards, rng: grpo_weights(trie, rewards),
         "s-grpo": lambda trie, rewards, rng: s_grpo_weights(trie, rewards, rng=rng, **numbers),
         "t-spmo": lambda trie, rewards, rng: t_spmo_weights(trie, rewards),
     }
-    if 0 < settings.k < settings.alpha:
-        raise UserError(f"--k {settings.k} must not be less than --alpha {settings.alpha}.")
-    if settings.method not in own and not is_code(settings.method):
-        raise UserError(
-            f"--method {settings.method} is none of {', '.join(own)}, FILE.py:function."
-        )
-    return own.get(settings.method) or load_function(settings.method)
+    known = method in own or is_code(method)
+    refuse(not known, f"--method {method} is none of {', '.join(own)}, FILE.py:function.")
+    return own.get(method) or load_function(method)
 
 
 def method_name(method: str) -> str:
@@ -1436,20 +1411,6 @@ def pack(prompt: list[int], trie: Trie, nodes: list[int]):
     ids = prompt + [trie.tokens[node] for node in order] + pad
     positions = [*range(start), *(start + trie.depths[node] for node in order), *pad]
     return torch.tensor(ids), torch.tensor(positions), torch.from_numpy(unseen), slot
-
-
-def check_length(config, length: int) -> None:
-    """Refuse what exceeds a model's context, or its sliding window, where packs are not exact."""
-    text = config.get_text_config()
-    limit, what = getattr(text, "max_position_embeddings", None) or math.inf, "context"
-    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
-    if slides and (getattr(text, "sliding_window", None) or limit) < limit:
-        limit, what = text.sliding_window, "sliding window"
-    if length > limit:
-        raise UserError(
-            f"Prompt and completion need {length} tokens, but this model has a {what} of {limit}; "
-            "lower --max-new-tokens or shorten the prompt."
-        )
 
 
 def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature: float = 1.0):
@@ -1592,8 +1553,7 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
     if packs:
         prompt, trie, weights = packs[0]
         nodes = next(split_nodes(trie, list(weights), KL_TOKENS))
-        known = dict(zip(weights, before[0]))
-        old = torch.stack([known[node] for node in nodes])
+        old = before[0][: len(nodes)]  # split once more, nodes keep their order
     for _ in range(8):
         sums = (0.0, 0)
         if packs:
@@ -1717,18 +1677,18 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
     barren = row["truncated"] > 0.9 or row["reward"] == 0 and state["best"] > 0.1
     state["dead"] = state["dead"] + 1 if barren and row["signal"] == 0 else 0
     state["rewards"].append(row["reward"])
-    score, least = row.get("validation"), state["best"]
-    if score is not None:
-        state["stale"] = 0 if score > state["best"] else state["stale"] + 1
+    if "validation" in row:
+        score, least = row["validation"], state["best"]
+        state["stale"] = 0 if score > least else state["stale"] + 1
     elif score_rewards:
         score, least = fmean(state["rewards"]), state["best"] / 2
-        state["rewards"] = []
-    if score is None or score < least:
+    else:
         return False
-    state["best"] = max(score, state["best"])
-    if "validation" not in row and not row["kl"] < 1:  # the rewards are older than a wild step
+    state["rewards"] = []
+    wild = "validation" not in row and not row["kl"] < 1  # rewards are older than the step
+    if score < least or wild:
         return False
-    state["best_step"] = row["step"]
+    state["best"], state["best_step"] = max(score, state["best"]), row["step"]
     return True
 
 

@@ -429,7 +429,7 @@ def test_check_model_refuses_inexact_models(kind, fault, dtype, monkeypatch):
         pytest.skip("positions change this model's logits by less than rounding does")
     model = random_model(kind).to(dtype)
     FAULTS[fault](model, monkeypatch)
-    with pytest.raises(tokenrl.UserError, match="does not fit the packed update"):
+    with pytest.raises(tokenrl.UserError, match="not fit the packed update"):
         tokenrl.check_model(model, range(97))
 
 
@@ -443,7 +443,7 @@ def test_check_model_compares_what_is_sampled_too(dtype, monkeypatch):
         return options | ({"position_ids": options["position_ids"] + 3} if cached else {})
 
     decoder_with(model, monkeypatch, shift)
-    with pytest.raises(tokenrl.UserError, match="does not fit the packed update"):
+    with pytest.raises(tokenrl.UserError, match="not fit the packed update"):
         tokenrl.check_model(model, range(97))
 
 
@@ -456,7 +456,7 @@ def test_check_model_compares_what_is_packed_too(dtype, monkeypatch):
         return options if options.get("use_cache") else without("attention_mask")(options)
 
     decoder_with(model, monkeypatch, forget)
-    with pytest.raises(tokenrl.UserError, match="does not fit the packed update"):
+    with pytest.raises(tokenrl.UserError, match="not fit the packed update"):
         tokenrl.check_model(model, range(97))
 
 
@@ -464,7 +464,7 @@ def test_check_model_refuses_what_it_cannot_run():
     torch.manual_seed(0)
     shape = dict(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2)
     config = transformers.MambaConfig(**shape, eos_token_id=1, pad_token_id=0)
-    with pytest.raises(tokenrl.UserError, match="mamba.* does not fit the packed update"):
+    with pytest.raises(tokenrl.UserError, match="mamba.* not fit the packed update"):
         tokenrl.check_model(transformers.MambaForCausalLM(config).eval(), range(97))
 
 
@@ -1099,9 +1099,8 @@ def test_sampling_from_logits_that_are_no_numbers_ends_in_one_sentence(words, te
     model = random_model("qwen2")
     with torch.no_grad():
         model.model.norm.weight[3] = bad
-    with pytest.raises(tokenrl.NotFinite, match="not finite"):
+    with pytest.raises(tokenrl.UserError, match="not finite"):
         tokenrl.sample(model, words, [[5, 6]], 3, max_new_tokens=4, temperature=temperature)
-    assert issubclass(tokenrl.NotFinite, tokenrl.UserError)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
@@ -1659,7 +1658,7 @@ def test_samples_leave_the_greedy_batches_as_they_are(words, monkeypatch):
 
 
 def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
-    words.encode, calls = (lambda text: [5]), []
+    words.encode, calls = (lambda text, **_: [5]), []
     policy = tokenrl.Policy(
         random_model("qwen2"),
         words,
