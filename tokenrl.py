@@ -409,6 +409,11 @@ def is_code(option: str) -> bool:
     return option.rpartition(":")[0].endswith(".py") and not option.startswith("regex:")
 
 
+def method_name(method: str) -> str:
+    """What a method is called in names of runs and tables."""
+    return method.rpartition(":")[2]
+
+
 def load_function(option: str) -> Callable:
     """The function that FILE.py:function names."""
     path, _, name = option.rpartition(":")
@@ -756,10 +761,6 @@ class Policy:
         if not self.finished(completion):  # or nothing would teach the model to stop
             return 0.0
         return self.score(self.text(completion), problem.answer)
-
-
-def is_right(reward: float) -> bool:
-    return reward > 1 - 1e-6  # 0.7 + 0.2 + 0.1 is less than 1
 
 
 def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
@@ -1312,11 +1313,11 @@ def s_grpo_weights(trie: Trie, rewards, alpha: int, p: float, rng, k: int | None
 
     S-GRPO (arXiv 2504.20834): of each completion every position t < alpha, then each with
     probability p until there are k; len_i is their number."""
-    chosen = []
-    for path in trie.paths:
-        kept = [node for t, node in enumerate(path) if t < alpha or rng.random() < p]
-        chosen.append(kept[:k])
-    return _spread(rewards, chosen)
+
+    def chosen(path):
+        return [node for t, node in enumerate(path) if t < alpha or rng.random() < p][:k]
+
+    return _spread(rewards, list(map(chosen, trie.paths)))
 
 
 def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
@@ -1355,11 +1356,6 @@ def credit_function(settings) -> Callable[[Trie, list[float], random.Random], di
     known = method in own or is_code(method)
     refuse(not known, f"--method {method} is none of {', '.join(own)}, FILE.py:function.")
     return own.get(method) or load_function(method)
-
-
-def method_name(method: str) -> str:
-    """What a method is called in names of runs and tables."""
-    return method.rpartition(":")[2]
 
 
 def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> list[tuple]:
@@ -1491,16 +1487,14 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
         yield part
 
 
-def step_packs(credited: list[tuple], budget: int) -> list[tuple]:
+def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
     """(prompt ids, trie, {node: weight}) of each forward pass that a step needs."""
     alike = defaultdict(list)  # by first token, so that some of the prompt is shared
     for group in credited:
         alike[group[0].prompt[0]].append(group)
-    packs = []
     for prompt, trie, weights in map(step_trie, alike.values()):
         for nodes in split_nodes(trie, list(weights), budget):
-            packs.append((prompt, trie, {node: weights[node] for node in nodes}))
-    return packs
+            yield prompt, trie, {node: weights[node] for node in nodes}
 
 
 def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
@@ -1520,7 +1514,7 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     """One optimizer step on the mean loss over the `groups` of all processes, none if its gradient
     is not finite. Returns metrics of this process: to add up, and to take the maximum of."""
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    packs = step_packs(credited, settings.max_pack_tokens)
+    packs = list(step_packs(credited, settings.max_pack_tokens))
     own = sum(len(weights) for *_, weights in packs)
     trained, loss_sum, before = sum(gather([own])), 0.0, []
     scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost
@@ -1577,28 +1571,6 @@ def limit_step(policy, packs, before, params, start, settings) -> tuple[float, b
 # ---- 8. The training loop -----------------------------------------------------------------------
 
 
-def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone
-    so that a resumed run sees what the uninterrupted one would have seen."""
-    size, first = len(problems), step * count
-    epochs = range(first // size, (first + count - 1) // size + 1)
-    order = [
-        i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(size), size)
-    ]
-    return [problems[i] for i in order[first % size :][:count]]
-
-
-def learning_rate(step: int, settings) -> float:
-    """Linear warm-up over the first tenth of the steps, then linear decay to a tenth."""
-    warm = max(1, settings.steps // 10)
-    decay = 1 - 0.9 * max(0, step + 1 - warm) / max(1, settings.steps - warm)
-    return settings.lr * min((step + 1) / warm, decay)
-
-
-def due(step: int, every: int, settings) -> bool:
-    return step % every == 0 or step == settings.steps
-
-
 def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterator[tuple]:
     """Train until settings.steps, saving into `run`: yields (row of metrics, rollouts) per step.
     Continues where run/state.pt left off; `stop` ends it early once something is put in. The
@@ -1647,9 +1619,31 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         check_alive(state, row, run)
 
 
-# ---- 9. Around the loop: processes, metrics, saving and resuming, evaluation --------------------
+# ---- 9. Around the loop: schedule, processes, metrics, saving and resuming, evaluation ----------
 
 DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
+
+
+def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
+    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone
+    so that a resumed run sees what the uninterrupted one would have seen."""
+    size, first = len(problems), step * count
+    epochs = range(first // size, (first + count - 1) // size + 1)
+    order = [
+        i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(size), size)
+    ]
+    return [problems[i] for i in order[first % size :][:count]]
+
+
+def learning_rate(step: int, settings) -> float:
+    """Linear warm-up over the first tenth of the steps, then linear decay to a tenth."""
+    warm = max(1, settings.steps // 10)
+    decay = 1 - 0.9 * max(0, step + 1 - warm) / max(1, settings.steps - warm)
+    return settings.lr * min((step + 1) / warm, decay)
+
+
+def due(step: int, every: int, settings) -> bool:
+    return step % every == 0 or step == settings.steps
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1711,7 +1705,7 @@ def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
     rewards = [reward for r in rollouts for reward in r.rewards]
     means = {
         "reward": rewards,
-        "accuracy": list(map(is_right, rewards)),
+        "accuracy": [reward == 1 for reward in rewards],
         "signal": [r.has_signal for r in every],
         "distinct": [len(set(map(tuple, r.completions))) / len(r.completions) for r in rollouts],
         "entropy": [entropy for r in rollouts for row in r.entropies for entropy in row],
@@ -1799,7 +1793,7 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
     records = []
     for i, found in answers.items():
         problem, (greedy, entropy) = problems[i], found[0]
-        right = [is_right(policy.reward(problem, tokens)) for tokens, _ in found]
+        right = [policy.reward(problem, tokens) == 1 for tokens, _ in found]
         record = {"index": i, **asdict(problem), "completion": policy.text(greedy)}
         record |= {"correct": right[0], "length": len(greedy)}
         record |= {"truncated": not policy.finished(greedy), "entropy": fmean(entropy)}

@@ -798,7 +798,7 @@ def test_passes_of_long_completions(completions, budget, passes):
     nodes = range(len(trie.tokens))
     assert len(list(tokenrl.split_nodes(trie, list(nodes), budget))) == passes
     rollout = tokenrl.Rollout(PROBLEM, [5], completions, [0.0] * len(completions))
-    packs = tokenrl.step_packs([(rollout, trie, dict.fromkeys(nodes, 1.0))], budget)
+    packs = list(tokenrl.step_packs([(rollout, trie, dict.fromkeys(nodes, 1.0))], budget))
     assert len(packs) == passes and sum(len(weights) for *_, weights in packs) == len(trie.tokens)
 
 
