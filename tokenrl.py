@@ -1751,12 +1751,10 @@ def load_state(run: Path, model, optimizer) -> dict:
         if path.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = {key: type(start)(saved[key]) for key, start in state.items()}
-            shapes = {name: weight.shape for name, weight in saved["weights"].items()}
-            if shapes != {name: p.shape for name, p in params.items()}:
-                raise ValueError("of another adapter")
             check_finite(saved["weights"].items(), path)
-            for name, p in params.items():
-                p.data.copy_(saved["weights"][name])
+            strange = model.load_state_dict(saved["weights"], strict=False).unexpected_keys
+            if strange or params.keys() - saved["weights"].keys():
+                raise ValueError("of another adapter")
             optimizer.load_state_dict(saved["optimizer"])
             if state["step"]:
                 safetensors.load_file(
