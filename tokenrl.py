@@ -363,30 +363,37 @@ def exact_reward(text: str, answer: str) -> float:
 SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
 SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
 
-# For the prompt; `prep` writes them to examples.jsonl, where they can be edited.
-STORY_EXAMPLES = [
-    {
-        "question": "A kiosk had 24 kites. It sold 9 kites and 3 balls. How many kites are left?",
-        "answer": "Only the kites count: 24 - 9 = 15 kites are left.\n#### 15",
-    },
-    {
-        "question": "Mina fills 4 bags with 6 shells in each bag. How many shells is that?",
-        "answer": "4 bags of 6 shells are 4 * 6 = 24 shells.\n#### 24",
-    },
-    {
-        "question": "After Jon gave away 7 stamps he had 12 left. "
-        "How many stamps did he have before?",
-        "answer": "He had the 12 that are left and the 7 he gave away: "
-        "12 + 7 = 19 stamps.\n#### 19",
-    },
-]
-MULTIPLY_EXAMPLES = [
-    {
-        "question": "What is 47 * 36?",
-        "answer": "47 * 6 = 282\n47 * 30 = 1410\n282 + 1410 = 1692\n#### 1692",
-    },
-    {"question": "What is 8 * 59?", "answer": "8 * 9 = 72\n8 * 50 = 400\n72 + 400 = 472\n#### 472"},
-]
+# Worked examples for the prompt, a question and below it the answer: `prep` writes them to
+# examples.jsonl, where they can be edited. Products go by steps that leave no direct answer.
+STORIES = """\
+A kiosk had 24 kites. It sold 9 kites and 3 balls. How many kites are left?
+Only the kites count: 24 - 9 = 15 kites are left.
+#### 15
+
+Mina fills 4 bags with 6 shells in each bag. How many shells is that?
+4 bags of 6 shells are 4 * 6 = 24 shells.
+#### 24
+
+After Jon gave away 7 stamps he had 12 left. How many stamps did he have before?
+He had the 12 that are left and the 7 he gave away: 12 + 7 = 19 stamps.
+#### 19"""
+
+
+def product(a: int, b: int) -> str:
+    tens, ones = b // 10 * 10, b % 10
+    return (
+        f"What is {a} * {b}?\n{a} * {b} = {a} * {tens} + {a} * {ones}\n{a} * {tens} = {a * tens}\n"
+        f"{a} * {ones} = {a * ones}\n{a * tens} + {a * ones} = {a * b}\n#### {a * b}"
+    )
+
+
+def worked_examples(text: str) -> list[dict]:
+    blocks = (block.split("\n", 1) for block in text.split("\n\n"))
+    return [{"question": question, "answer": answer} for question, answer in blocks]
+
+
+PRODUCTS = "\n\n".join(product(*pair) for pair in ((47, 36), (83, 52), (8, 59), (64, 27)))
+STORY_EXAMPLES, MULTIPLY_EXAMPLES = worked_examples(STORIES), worked_examples(PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -420,9 +427,9 @@ def load_function(option: str) -> Callable:
     try:
         with contextlib.chdir("."):  # and back, wherever it goes
             function = runpy.run_path(path)[name]
-            if not callable(function):
-                raise TypeError("no function")
-            return function
+        if not callable(function):
+            raise TypeError("no function")
+        return function
     except BaseException as error:  # sys.exit() too
         raise UserError(f"{name!r} cannot be loaded from {path}: {error!r}.") from None
 
@@ -434,17 +441,19 @@ def reward_function(option: str, decimal: str = "") -> Callable[[str, str], floa
         return exact_reward
     if option == "number":
         return partial(number_reward, decimal=decimal)
+    known = option.startswith("regex:") or is_code(option)
+    refuse(not known, f"{option!r} is not number, exact, regex:PATTERN or FILE.py:function.")
     pattern = re.sub(r"\{answer\}(?=[?*+{])", "(?:{answer})", option.removeprefix("regex:"))
-    if not (option.startswith("regex:") or is_code(option)):
-        raise UserError(f"{option!r} is not number, exact, regex:PATTERN or FILE.py:function.")
-    function = load_function(option) if is_code(option) else None
+
+    def matches(text: str, answer: str) -> bool:
+        return bool(re.search(pattern.replace("{answer}", re.escape(answer)), text))
+
+    score = load_function(option) if is_code(option) else matches
 
     def reward(text: str, answer: str) -> float:
         try:
-            if not function:
-                return float(bool(re.search(pattern.replace("{answer}", re.escape(answer)), text)))
             with contextlib.chdir("."):
-                value = round(float(function(text, answer)), 6)  # 0.7 + 0.2 + 0.1 is 1
+                value = round(float(score(text, answer)), 6)  # 0.7 + 0.2 + 0.1 is 1
             if 0 <= value <= 1:
                 return value
             raise ValueError(f"{value} is not from 0 to 1")
@@ -452,15 +461,14 @@ def reward_function(option: str, decimal: str = "") -> Callable[[str, str], floa
             case = f"{text!r} where {answer!r} is right"
             raise UserError(f"{option} fails on {case}: {error!r}.") from None
 
-    if not function:
+    if score is matches:
         reward("", "Paris")  # refuses a wrong pattern
     return reward
 
 
 def read_text(path: Path) -> str:
     """Text as UTF-8, or as Windows writes it: UTF-16 with a byte order mark, or Windows-1252."""
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
+    refuse(not path.is_file(), f"There is no file {path}.")
     for encoding in ("utf-16", "utf-8-sig", "cp1252"):
         with contextlib.suppress(UnicodeError):
             return path.read_text(encoding)
@@ -531,8 +539,8 @@ def file_problems(path: Path, question: str, answer: str, reward: str, decimal: 
     """(problems, rejected rows, decimal mark) of a file."""
     rows = read_rows(path)
     columns = {column for _, row in rows for column in row if column}
-    if rows and not {question, answer} <= columns:
-        raise UserError(f"{path} has the columns {sorted(columns)}; see --question and --answer.")
+    lacking = rows and not {question, answer} <= columns
+    refuse(lacking, f"{path} has the columns {sorted(columns)}; see --question and --answer.")
     if decimal is None:
         texts = [row for _, row in rows if isinstance(row.get(answer), str)]
         answers = [to_problem(row, question, answer).answer for row in texts]
@@ -561,8 +569,8 @@ def svamp_problems(source: Path | None) -> list[Problem]:
         raw = urllib.request.urlopen(address, timeout=20).read()
     except (OSError, http.client.HTTPException) as error:
         raise Unreachable(f"{address} cannot be read ({error}); name a copy: --source.") from None
-    if hashlib.sha256(raw).hexdigest() != SVAMP_SHA256:
-        raise UserError("SVAMP.json is not as published: its sha256 differs.")
+    other = hashlib.sha256(raw).hexdigest() != SVAMP_SHA256
+    refuse(other, "SVAMP.json is not as published: its sha256 differs.")
     problems = []
     for row in json.loads(raw):
         body, answer = row["Body"].strip(), str(row["Answer"]).removesuffix(".0")
@@ -574,16 +582,14 @@ def svamp_problems(source: Path | None) -> list[Problem]:
 
 def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     """Products of numbers with `digits` (3, or 2x1) digits; no unordered pair comes twice."""
-    if not (found := re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)):
-        raise UserError(
-            f"--digits {digits!r} is not a number from 1 to 9 such as 3, or a pair: 2x1."
-        )
+    found = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
+    refuse(not found, f"--digits {digits!r} is no number from 1 to 9 such as 3, and no pair: 2x1.")
     sizes = int(found[1]), int(found[2] or found[1])
     left, right = (range(max(2, 10 ** (n - 1)), 10**n) for n in sizes)  # times 1 teaches nothing
     total = len(left) * len(right)
     different = (total + len(left)) // 2 if left == right else total
-    if count > different:
-        raise UserError(f"--count {count}: --digits {digits} gives only {different} products.")
+    too_many = f"--count {count}: --digits {digits} gives only {different} products."
+    refuse(count > different, too_many)
     pairs = {}
     for i in random.Random(seed).sample(range(total), min(total, 2 * count)):  # a * b and b * a
         a, b = left[i // len(right)], right[i % len(right)]
@@ -596,15 +602,13 @@ def write_task(name, problems, examples, test_share, seed, data_dir, decimal="",
     """Split at random and write data_dir/name; returns the sizes of train and test."""
     problems = random.Random(seed).sample(problems, len(problems))
     test = round(len(problems) * test_share) if 0 < test_share <= 1 else 0
-    train = len(problems) - test
-    if not test:
-        raise UserError(f"{len(problems)} usable problems: too few for --test-share {test_share}.")
-    folder = data_dir / name
+    train, folder = len(problems) - test, data_dir / name
+    too_few = f"{len(problems)} usable problems: too few for --test-share {test_share}."
+    refuse(not test, too_few)
     folder.mkdir(parents=True, exist_ok=True)
-    files = (
-        {} if (folder / "examples.jsonl").exists() else {"examples.jsonl": examples}
-    )  # the user's
-    files |= {"rejected.jsonl": rejected, "task.json": [{"decimal": decimal}]}
+    files = {"rejected.jsonl": rejected, "task.json": [{"decimal": decimal}]}
+    if not (folder / "examples.jsonl").exists():  # else they are the user's
+        files["examples.jsonl"] = examples
     files["test.jsonl"] = [asdict(problem) for problem in problems[train:]]
     files["train.jsonl"] = [asdict(problem) for problem in problems[:train]]
     for file, rows in files.items():  # a full disk is noticed while the old files are there
@@ -618,24 +622,22 @@ def write_task(name, problems, examples, test_share, seed, data_dir, decimal="",
 def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
     """A task that `prep` wrote; `numeric`: all answers must be numbers."""
     folder = data_dir / name
-    if not (folder / "train.jsonl").exists():
-        source = name if name in ("svamp", "multiply") else "YOUR_FILE.csv"
-        make = f"python tokenrl.py prep {source}"
-        raise UserError(f"There is no task {name!r} in {data_dir}; make it with: {make}")
+    source = name if name in ("svamp", "multiply") else "YOUR_FILE.csv"
+    make = f"There is no task {name!r} in {data_dir}; make it with: python tokenrl.py prep {source}"
+    refuse(not (folder / "train.jsonl").exists(), make)
     files = folder / "task.json", folder / "examples.jsonl"
     facts, examples = (read_rows(file) if file.exists() else [] for file in files)
     for line, row in examples:
-        if not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-            raise UserError(f"{files[1]} line {line} lacks a question or a worked answer as text.")
+        whole = all(isinstance(row.get(key), str) for key in ("question", "answer"))
+        refuse(not whole, f"{files[1]} line {line} lacks a question or a worked answer as text.")
     decimal = facts[0][1].get("decimal", "") if facts else ""
     task = Task([], [], [row for _, row in examples], decimal)
     for path, problems in (folder / "train.jsonl", task.train), (folder / "test.jsonl", task.test):
         for line, row in read_rows(path):
             problems.append(to_problem(row))
-            if fault := fault_of(problems[-1], "number" if numeric else "", task.decimal):
-                raise UserError(f"{path} line {line}: {fault}.")
-    if not task.test:
-        raise UserError(f"{path} is empty.")
+            fault = fault_of(problems[-1], "number" if numeric else "", task.decimal)
+            refuse(fault, f"{path} line {line}: {fault}.")
+    refuse(not task.test, f"{path} is empty.")
     return task
 
 
@@ -697,18 +699,16 @@ def fetch_model(name: str) -> str:
             files[-1] = "pytorch_model*.bin"
         return fetch()
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
-        raise UserError(
-            f"{name} is no folder and not on the hub; check the spelling (private: hf auth login)."
-        ) from None
+        fault = "is no folder and not on the hub; check the spelling (private: hf auth login)"
+        raise UserError(f"{name} {fault}.") from None
     except Exception as error:  # of many kinds, which differ between the client's versions
         with contextlib.suppress(FileNotFoundError):
             folder = fetch(local_files_only=True)
             if any(file.suffix in (".safetensors", ".bin") for file in Path(folder).iterdir()):
                 return folder
-        raise Unreachable(
-            f"The model {name} is no folder here and cannot be had from the hub now ("
-            f"{first_line(error) if str(error) else 'no answer'}); try again, or give a folder."
-        ) from None
+        reason = first_line(error) if str(error) else "no answer"
+        fault = f"is no folder here and cannot be had from the hub now ({reason})"
+        raise Unreachable(f"{name} {fault}; try again, or give a folder.") from None
 
 
 # ---- 4. Policy: model, tokenizer, LoRA, prompts, memory meter -----------------------------------
