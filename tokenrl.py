@@ -956,6 +956,16 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def blocked(places, dtype):
+    """An additive attention mask: the dtype's minimum where `places` is True, else 0."""
+    return places.view(torch.uint8).to(dtype).mul_(torch.finfo(dtype).min)  # bytes convert fast
+
+
+def rounded(length: int) -> int:
+    """Up to 16, 32, ...: kernels are kept for each length, and attention wants aligned rows."""
+    return -(-length // 16) * 16
+
+
 def check_length(config, length: int) -> None:
     """Refuse what exceeds a model's context, or its sliding window, where packs are not exact."""
     text = config.get_text_config()
@@ -1195,16 +1205,6 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
             tokens, visible = tokens[index], visible[index]
         visible = torch.nn.functional.pad(visible, (0, 1), value=True)
         hidden = _step(base, cache, tokens[:, None], visible)
-
-
-def blocked(places, dtype):
-    """An additive attention mask: the dtype's minimum where `places` is True, else 0."""
-    return places.view(torch.uint8).to(dtype).mul_(torch.finfo(dtype).min)  # bytes convert fast
-
-
-def rounded(length: int) -> int:
-    """Up to 16, 32, ...: kernels are kept for each length, and attention wants aligned rows."""
-    return -(-length // 16) * 16
 
 
 def ask(policy, prompts, count: int, settings, temperature: float, seed: int, prefixes=None):
