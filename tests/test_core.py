@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import ARCHITECTURES, DEMO, Words, random_completions, random_model, rows_of
+from conftest import ARCHITECTURES, DEMO, FAST, Words, random_completions, random_model, rows_of
 
 import tokenrl
 
@@ -1679,3 +1680,36 @@ def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
     keys = ("correct", "samples_correct", "length", "entropy")
     assert [tuple(r[k] for k in keys) for r in records] == [(True, 1, 2, 0.75), (False, 1, 2, 0.75)]
     assert [t for t, _ in calls] == [0.0, 0.7, 0.7] and calls[1][1] != calls[2][1]
+
+
+# ---- other systems -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["Windows", "macOS"])
+def test_nothing_is_needed_that_only_linux_has(cli, quick, monkeypatch, system):
+    """Modules, files and functions that a system lacks are hidden: a run trains, saves and goes on."""
+    assert cli("train", "svamp", *FAST, "--steps", "1", "--name", "before")[0] == 0  # imports all
+    for name in ["fcntl", "pwd", "termios"] + ["resource"] * (system == "Windows"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ["sched_getaffinity", "fork"] + ["getuid", "kill"] * (system == "Windows"):
+        monkeypatch.delattr(os, name)
+    read = Path.read_text
+
+    def without_proc(path, *arguments, **options):
+        if path.parts[:2] == ("/", "proc"):
+            raise FileNotFoundError(path)
+        return read(path, *arguments, **options)
+
+    def library(name):
+        if system == "Windows":
+            raise TypeError("there is no library without a name")
+        return object()  # without malloc_trim
+
+    monkeypatch.setattr(Path, "read_text", without_proc)
+    monkeypatch.setattr(tokenrl.ctypes, "CDLL", library)
+    monkeypatch.setattr(sys, "platform", {"Windows": "win32", "macOS": "darwin"}[system])
+    code, said = cli("train", "svamp", *FAST, "--steps", "1")
+    assert code == 0, said
+    assert ("peak memory -" in said) == (system == "Windows")
+    assert cli("train", "svamp", *FAST, "--steps", "1", "--resume", "runs/svamp-s-grpo")[0] == 0
+    assert cli("eval", "svamp", "--limit", "4", "--adapter", "runs/svamp-s-grpo")[0] == 0
