@@ -38,7 +38,6 @@ packed forward -> loss -> step.
 import contextlib
 import csv
 import ctypes
-import errno
 import hashlib
 import http.client
 import importlib
@@ -73,7 +72,7 @@ from unicodedata import normalize
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 __version__ = "2.0.0"
@@ -886,11 +885,11 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
 
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
     """The model, which the user calls `given`, with the adapter of a run's folder."""
-    made_for, path = adapter_settings(folder)["model"], folder / "adapter_model.safetensors"
-    if Path(made_for).name != Path(given).name:
-        raise UserError(f"{folder} was made for {made_for}, not for {given}; give its --model.")
-    if not path.is_file():  # peft would ask the hub for it
-        raise UserError(f"{folder} holds no adapter (no {path.name}).")
+    made_for, path = run_settings(folder).get("model"), folder / "adapter_model.safetensors"
+    other = Path(str(made_for)).name != Path(given).name
+    refuse(other, f"{folder} was made for {made_for}, not for {given}; give its --model.")
+    for file in (path, folder / "adapter_config.json"):  # peft would ask the hub for them
+        refuse(not file.is_file(), f"{folder} holds no adapter (no {file.name}).")
     options = {"adapter_name": name, "is_trainable": trainable}
     options["torch_device"] = str(base_of(model).device)
     try:
@@ -1857,78 +1856,51 @@ def validate(policy, held_out, settings) -> float:
 
 # ---- 10. Views: what is known, as tables and text -----------------------------------------------
 
-
-def gigabytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size else "-"
-
-
-LIVE = {  # columns of the live table, and how their values are written
-    "reward": "{:.3f}",
-    "signal": "{:.0%}",
-    "entropy": "{:.3f}",
-    "kl": "{:.4f}",
-    "length": "{:.0f}",
-    "trained": "{:.1%}",
-    "seconds": "{:.2f}",
-    "memory": "{:.2f}G",
-    "validation": "{:.1%}",
-}
-
-
-def memory_name(device) -> str:
-    return "VRAM" if torch.device(device).type == "cuda" else "memory"
+TITLES = "step reward signal entropy     kl length trained seconds memory validation"
+LINE = "{mark:>4} {reward:6.3f} {signal:6.0%} {entropy:7.3f} {kl:6.4f} {length:6.0f} "
+LINE += "{trained:7.1%} {seconds:7.2f} {memory:6.2f}"
+MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
 
 
 @contextlib.contextmanager
-def live_table(steps: int, memory: str):
-    """Yields show(row of metrics, note), which prints a line; a note is followed by the titles."""
-    widths = {name: max(len(name), 6) for name in LIVE}
-    heads = [(memory if name == "memory" else name).rjust(widths[name]) for name in LIVE]
-    titles = Text(" ".join(["step", *heads]), "bold")
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=steps)
+def progress(label: str, total: int):
+    """Yields tick(count), which moves a bar where there is a terminal."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield partial(bar.advance, task)
 
-        def show(row: dict, note: str = "") -> None:
-            values = row | {"seconds": row["rollout_s"] + row["update_s"]}
-            values["trained"] = row["tokens_trained"] / max(1, row["tokens_generated"])
-            values["memory"] = row["peak_memory"] / 2**30
-            line = f"{'!' * row['skipped']}{row['step']}".rjust(4)
-            for name, form in LIVE.items():
-                line += " " + (form.format(values[name]) if name in values else "").rjust(
-                    widths[name]
-                )
-            console.print(Text(line, "red" if row["skipped"] else ""), soft_wrap=True)
-            bar.update(task, completed=row["step"])
-            if note:
-                console.print(note + "\n")
-                console.print(titles, soft_wrap=True)
 
-        console.print(titles, soft_wrap=True)
-        yield show
+def show_step(row: dict, note: str = "") -> None:
+    """A row of metrics as a line of the live table; below a note stand its titles again."""
+    if note:
+        console.print(note)
+        console.print(TITLES, style="bold", soft_wrap=True)
+    more = {"mark": "!" * row["skipped"] + str(row["step"])}
+    more["trained"] = row["tokens_trained"] / max(1, row["tokens_generated"])
+    more["seconds"] = row["rollout_s"] + row["update_s"]
+    more["memory"] = row["peak_memory"] / 2**30
+    line = LINE.format(**row, **more)
+    if "validation" in row:
+        line += f" {row['validation']:10.1%}"
+    console.print(line, style="red" if row["skipped"] else None, soft_wrap=True)
 
 
 def completion_note(problem: Problem, text: str, reward: float) -> str:
-    """A sample with its question, reference and reward; long texts are cut."""
-    start = "\n".join(text.splitlines()[:10])[:600]
-    more = "…" * (len(start) < len(text.rstrip()))
+    """A sample with its question, reference and reward."""
+    text = text.replace("\n", "↵")
     return (
-        f"\nquestion    {problem.question[:600]}\ncompletion  {start}{more}\n"
-        f"reference   {problem.answer}\nreward      {reward:g}"
+        f"\nquestion    {problem.question:.700}\ncompletion  {text:.700}\n"
+        f"reference   {problem.answer}\nreward      {reward:g}\n"
     )
 
 
-def training_summary(rows: list[dict], memory: str) -> str:
-    generated, trained, rollout, seconds = (
-        sum(row[key] for row in rows)
-        for key in ("tokens_generated", "tokens_trained", "rollout_s", "update_s")
-    )
-    rollout, seconds = rollout / len(rows), seconds / len(rows)
-    minutes, peak = (rollout + seconds) * len(rows) / 60, max(row["peak_memory"] for row in rows)
+def training_summary(rows: list[dict]) -> str:
+    keys = "tokens_generated", "tokens_trained", "rollout_s", "update_s"
+    generated, trained, rollout, update = (sum(row[key] for row in rows) for key in keys)
     return (
-        f"{len(rows)} steps in {minutes:.1f} min (a step: rollout {rollout:.2f} s, update "
-        f"{seconds:.2f} s)\n{generated:,} tokens generated, {trained:,} trained "
-        f"({trained / max(1, generated):.1%}), "
-        f"peak {memory} {gigabytes(peak)}"
+        f"{len(rows)} steps in {(rollout + update) / 60:.1f} min, of which updates {update:.1f} s\n"
+        f"{trained:,} of {generated:,} sampled tokens trained ({trained / generated:.1%})\n"
+        f"peak memory {max(row['peak_memory'] for row in rows) / 2**30:.2f} GiB"
     )
 
 
@@ -1955,40 +1927,32 @@ def pass_at_k(total: int, right: int, k: int) -> float:
     return 1 - math.comb(total - right, k) / math.comb(total, k)
 
 
-MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
-
-
 def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
-    """A column per policy, compared with the first; long names stand in the title."""
-    names, columns, first = [*results], [], next(iter(results.values()))
-    before, kinds = [r["correct"] for r in first], sorted({r["type"] for r in first})
-    for records in results.values():
-        right = [r["correct"] for r in records]
-        low, high = wilson(sum(right), len(right))
-        column = {"accuracy (greedy)": f"{fmean(right):.1%}  ({sum(right)}/{len(right)})"}
-        column["95 % interval"] = f"{low:.1%} to {high:.1%}"
-        if columns:
-            column["difference, paired"] = f"{100 * (fmean(right) - fmean(before)):+.1f} points"
-            column["p (exact McNemar)"] = f"{mcnemar(before, right):.2g}"
-        if count := records[0]["samples"]:
-            sampled = [r["samples_correct"] for r in records]
-            column["accuracy (sampled)"] = f"{fmean(sampled) / count:.1%}"
-            for k in sorted({2**i for i in range(1, 8) if 2**i < count} | {count}):
-                column[f"pass@{k}"] = f"{fmean(pass_at_k(count, c, k) for c in sampled):.1%}"
-        for key, form in MEANS.items():
-            if key in records[0]:
-                column[key] = f"{fmean(r[key] for r in records):{form}}"
-        for kind in kinds if 1 < len(kinds) <= 20 else []:
-            if own := [r["correct"] for r in records if r["type"] == kind]:
-                column[f"{kind or 'no type'} ({len(own)})"] = f"{fmean(own):.1%}"
-        columns.append(column)
-    if len(names) > 2 and len("".join(names)) > 24:  # they would not stand side by side
-        title += "".join(f"\n({i}) {name}" for i, name in enumerate(names) if i)
-        names[1:] = [f"({i})" for i in range(1, len(names))]
-    heads = [Column(name, justify="right") for name in names]
-    table = Table("", *heads, title=title, title_justify="left")
-    for label in columns[-1]:
-        table.add_row(label, *(column.get(label, "") for column in columns))
+    """A column per policy, compared with the first."""
+    table = Table(title=title, title_justify="left")
+    for name in ["", *results]:
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    policies, add = [*results.values()], table.add_row
+    before, *after = rights = [[r["correct"] for r in records] for records in policies]
+    add("accuracy (greedy)", *(f"{fmean(own):.1%}  ({sum(own)}/{len(own)})" for own in rights))
+    intervals = [wilson(sum(own), len(own)) for own in rights]
+    add("95 % interval", *(f"{low:.1%} to {high:.1%}" for low, high in intervals))
+    if after:
+        gains = [100 * (fmean(own) - fmean(before)) for own in after]
+        add("difference, paired", "", *(f"{gain:+.1f} points" for gain in gains))
+        add("p (exact McNemar)", "", *(f"{mcnemar(before, own):.2g}" for own in after))
+    if count := policies[0][0]["samples"]:
+        for k in [2**i for i in range(8) if 2**i < count] + [count]:
+            chances = ([pass_at_k(count, r["samples_correct"], k) for r in p] for p in policies)
+            add(f"pass@{k}", *(f"{fmean(own):.1%}" for own in chances))
+    for key, form in MEANS.items():
+        values = [[r.get(key) for r in records] for records in policies]
+        if None not in sum(values, []):
+            add(key, *(f"{fmean(own):{form}}" for own in values))
+    kinds = sorted({r["type"] for r in policies[0]})
+    for kind in kinds if 1 < len(kinds) <= 20 else []:
+        own = [[r for r in records if r["type"] == kind] for records in policies]
+        add(f"{kind or 'no type'} ({len(own[0])})", *(f"{accuracy(o):.1%}" for o in own))
     return table
 
 
@@ -2009,26 +1973,19 @@ def changes(results: dict[str, list[dict]], most: int) -> Iterator:
 
 def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods: dict) -> Iterator:
     """What `inspect` shows of a group, given {method: (its rule, its {node: weight})}."""
-    trie, rewards = Trie(rollout.completions), rollout.rewards
+    trie = Trie(rollout.completions)
     yield f"Problem: {rollout.problem.question}\nAnswer: {rollout.problem.answer}"
-    yield (
-        f"{sum(map(len, trie.paths))} tokens are {len(trie.tokens)} nodes (a node: one token after "
-        "one exact beginning).\nTrained: [+more likely], [-less likely], up to +++."
-    )
+    tokens, nodes = sum(map(len, trie.paths)), len(trie.tokens)
+    yield f"{tokens} tokens are {nodes} nodes (a node: one token after one exact beginning)."
+    yield "Trained: [+more likely], [-less likely], up to +++."
     if not rollout.has_signal:
         yield Text("All rewards are equal: no method learns anything from this group.", "yellow")
     for name, (rule, weights) in methods.items():
-        yield f"\n{name}: {rule}. {len(weights)} of {len(trie.tokens)} nodes are trained."
-        rows = zip(trie.paths, rewards, finished)
+        yield f"\n{name}: {rule} {len(weights)} of {nodes} nodes are trained."
+        rows = zip(trie.paths, rollout.rewards, finished)
         for number, (path, reward, ended) in enumerate(rows, 1):
             text, mark = credit_text(decode, trie, path, weights), "" if ended else " (cut off)"
             yield Text.assemble(f"{number:2} reward {reward:g}  ", text, mark)
-    through = rewards_through(trie, rewards)
-    parts = [n for n, parent in enumerate(trie.parents) if len(through[n]) < len(through[parent])]
-    yield "\nbranch points (completions, mean reward, next token)"
-    for n in sorted(parts, key=lambda n: -len(through[n]))[:12]:
-        count, mean = len(through[n]), fmean(through[n])
-        yield f"{count:4} {mean:6.2f}  token {trie.depths[n] + 1}: {decode([trie.tokens[n]])!r}"
 
 
 def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int, float]) -> Text:
@@ -2048,7 +2005,8 @@ def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int
 
 def curve_of(rows: list[dict], what: str) -> dict[int, float]:
     """{step: value} of a column of metrics.jsonl, as at most 30 means of neighbours."""
-    known = [(i, r[what]) for i, r in enumerate(rows, 1) if math.isfinite(r.get(what, math.nan))]
+    known = [(i, row.get(what)) for i, row in enumerate(rows, 1)]
+    known = [(i, y) for i, y in known if isinstance(y, (int, float)) and abs(y) < 1e300]  # no NaN
     size = len(known) // 30 + 1
     chunks = [known[i : i + size] for i in range(0, len(known), size)]
     return {chunk[-1][0]: fmean(y for _, y in chunk) for chunk in chunks}
@@ -2066,40 +2024,22 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
     return table
 
 
-def save_picture(curves: dict[str, dict], what: str, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("For a picture: pip install matplotlib") from None
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for run, curve in curves.items():
-        axes.plot(*zip(*curve.items()), label=run)
-    axes.set(xlabel="step", ylabel=what)
-    axes.legend()
-    figure.savefig(path)
-
-
 # ---- 11. Commands -------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
+PROBLEM = ["question", "answer", "type"]  # of a record of an evaluation
+NUMBERS = ["correct", "length", "truncated", "samples", "samples_correct"]
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
-ASKED = ["model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
+ASKED = {"model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"}
+MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False):
+    if version:
         console.print(f"tokenrl {__version__}")
-        raise typer.Exit()
-
-
-VERSION = typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
-
-
-@app.callback()
-def about(version: Annotated[bool, VERSION] = False):
-    pass
+        raise SystemExit
 
 
 def own(help: str, default: str | bool = True, *names: str, **limits):
@@ -2111,7 +2051,7 @@ def own(help: str, default: str | bool = True, *names: str, **limits):
 def asks(command: Callable) -> Callable:
     """`command(settings, given, its own options)` for typer, with the options of Settings that name
     it. `given` are those on this command line."""
-    name = command.__name__.removesuffix("_command")
+    name, kinds = command.__name__.removesuffix("_command"), inspect.signature(Settings).parameters
     shared = [item for item in fields(Settings) if name in item.metadata.get("on", ())]
     tasks = typer.Argument(help="svamp, multiply, or a task that prep made.")
 
@@ -2122,67 +2062,44 @@ def asks(command: Callable) -> Callable:
         given = {key for key, source in sources.items() if source.name == "COMMANDLINE"}
         command(settings, given, **values)
 
-    parameters = list(inspect.signature(run).parameters.values())[:2]
+    first, own = (list(inspect.signature(f).parameters.values()) for f in (run, command))
     for item in shared:
         kind = Annotated[item.type, item.metadata["info"]]
-        plain = inspect.signature(Settings).parameters[item.name]
-        parameters.append(plain.replace(annotation=kind))
-    parameters += list(inspect.signature(command).parameters.values())[2:]
-    run.__signature__, run.__doc__ = inspect.Signature(parameters), command.__doc__
+        first.insert(-1, kinds[item.name].replace(annotation=kind))
+    run.__signature__, run.__doc__ = inspect.Signature(first[:-1] + own[2:]), command.__doc__
     return run
 
 
-def warn(text: str) -> None:
-    console.print(text, style="yellow")
-
-
 def find_policy(settings: Settings) -> tuple[Policy, Task]:
-    """Load what the settings ask for. A model that the user named is never replaced."""
-    svamp, reason = settings.task == "svamp", "There is no CUDA GPU in use."
-    if settings.model != "auto":
-        return load_policy(settings, settings.model)
-    if not svamp or pick_device(settings.device).startswith("cuda"):
-        try:
-            return load_policy(settings, DEFAULT_MODEL)
-        except Unreachable as error:
-            if not svamp:
-                raise UserError(f"{error} (To only try the commands: --model demo.)") from None
-            reason = str(error)
-    warn(f"{reason} So this is the bundled demo, a model of 1.1 M parameters.")
-    warn(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
-    return load_policy(settings, "demo")
-
-
-def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
-    """What find_policy returns, with this model, whose name is put into the settings."""
-    settings.model, bundled, folder = name, is_bundled(name), settings.data_dir
-    if bundled and not (DATA / "demo").is_dir():
-        raise UserError(f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
-    demo = settings.task == "svamp" and bundled  # it has never seen the words of the real SVAMP
-    device = pick_device(settings.device)  # which also tells how many processes there are
-    with processes().main_process_first():
-        if settings.task == "svamp" and not demo and not (folder / "svamp").is_dir():
-            console.print("Preparing SVAMP first, as prep svamp does ...")
-            write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, folder)
-    place = ("demo", DATA) if demo else (settings.task, folder)
+    """Load what the settings ask for; `auto` there gives way to the name of a model."""
+    svamp, device = settings.task == "svamp", pick_device(settings.device)
+    if settings.model == "auto":
+        settings.model = DEFAULT_MODEL
+        if svamp and not (device.startswith("cuda") and (settings.data_dir / "svamp").is_dir()):
+            settings.model = "demo"
+            console.print("Without a CUDA GPU and prep svamp, this is the bundled demo;")
+            console.print(f"for the real thing: --model {DEFAULT_MODEL}, or a folder.")
+    name, bundled = settings.model, is_bundled(settings.model)
+    lacking = bundled and not (DATA / "demo").is_dir()
+    refuse(lacking, f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
+    # The bundled model has never seen the words of the real SVAMP.
+    place = ("demo", DATA) if svamp and bundled else (settings.task, settings.data_dir)
     task = load_task(*place, numeric=settings.reward == "number")
     score = reward_function(settings.reward, task.decimal)
     metric = reward_function(settings.metric, task.decimal) if settings.metric else None
     if bundled and settings.device == "auto" and device == "mps":
         device = "cpu"  # faster for so small a model
-    if not bundled:
-        console.print(f"Loading {name} ...")
+    console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, device, settings.dtype)
     try:
         check_model(model, tokenizer)
     except UserError:
-        if model.dtype != torch.float16:
+        if model.dtype != torch.float16:  # too few digits for some: float32 then
             raise
-        console.print("float16 is not enough for this model: it is computed in float32.")
         check_model(model.float(), tokenizer)
     form = choose_prompt(settings.prompt, model, tokenizer)
-    if settings.shots and form not in ("chat", "plain"):
-        raise UserError("--shots needs a chat or plain prompt: a template holds its own examples.")
+    idle = settings.shots and form not in ("chat", "plain")
+    refuse(idle, "--shots needs a chat or plain prompt: a template holds its own examples.")
     examples = task.examples[: settings.shots]
     return Policy(model, tokenizer, form, examples, score, metric, settings.stop), task
 
@@ -2197,77 +2114,36 @@ def read_json(path: Path) -> dict:
     raise UserError(f"{path} is not a JSON object.")
 
 
-NUMBERS = (int, float)
-STEP = {"step": int, "reward": NUMBERS, "tokens_trained": NUMBERS, "tokens_generated": NUMBERS}
-STEP |= {"rollout_s": NUMBERS, "update_s": NUMBERS, "peak_memory": NUMBERS}
-ANSWER = dict.fromkeys(["phase", "question", "answer", "type", "completion"], str)
-ANSWER |= dict.fromkeys(["correct", "length", "truncated", "samples", "samples_correct"], int)
-
-
-def run_rows(path: Path, kinds: dict) -> list[dict]:
-    """The rows of a run's file, if it is there, each with values of these kinds."""
-    rows = read_rows(path) if path.exists() else []
-    for line, row in rows:
-        if lacking := [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]:
-            raise UserError(f"{path} line {line} has no {lacking[0]} that can be read.")
-    return [row for _, row in rows]
-
-
 def run_settings(run: Path) -> dict:
-    """The settings in a run's config.json, checked; empty if there is none."""
-    path = run / "config.json"
-    saved = read_json(path).get("settings") if path.exists() else {}
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} holds no settings.")
+    """The settings in a run's config.json, checked; of an adapter from elsewhere its model."""
+    ours, theirs = run / "config.json", run / "adapter_config.json"
+    if ours.exists():
+        saved = read_json(ours).get("settings")
+    else:
+        saved = {"model": str(read_json(theirs).get("base_model_name_or_path"))}
+    refuse(not isinstance(saved, dict), f"{run} holds no adapter: {ours} has no settings.")
+    saved = {"model": "auto", "data_dir": DATA} | saved
+    saved["data_dir"] = Path(str(saved["data_dir"]))
     known = {item.name: saved[item.name] for item in fields(Settings) if item.name in saved}
-    if "data_dir" in known:
-        known["data_dir"] = Path(str(known["data_dir"]))
     check_settings(Settings(**known))
     return known
 
 
-def adapter_settings(run: Path) -> dict:
-    """What is known of an adapter: its run's settings, at the least its base model."""
-    path = run / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{run} holds no adapter (no {path.name}).")
-    model = read_json(path).get("base_model_name_or_path")
-    return {"model": str(model or "an unnamed model")} | run_settings(run)
-
-
-def refuse_foreign_code(settings: Settings, given: set[str], keys: list[str], run: Path) -> None:
-    """A FILE.py is run only where this command line names it: a run may be a stranger's."""
-    for key in keys:
-        if is_code(value := getattr(settings, key)) and key not in given:
-            again = f"--{key} {shlex.quote(value)}"
-            raise UserError(f"{run} was made with code of its own; if you trust it, add {again}")
-
-
-def ask_as_trained(settings: Settings, given: set[str], run: Path, keys: list[str]) -> None:
-    """Take over those `keys` of a run's settings that are not given on this command line."""
-    for key, value in adapter_settings(run).items():
-        if key in keys and key not in given:
-            setattr(settings, key, value)
-    refuse_foreign_code(settings, given, [key for key in keys if key in CODE], run)
-
-
-def resume_settings(settings: Settings, given: set[str], run: Path) -> Settings:
-    """The run's own settings; this command line may change only what is of the machine."""
+def take_over(settings: Settings, given: set[str], run: Path, keys=(), resume=False) -> None:
+    """Set what this command line leaves open as in the run: `keys`, or to resume all. Code is only
+    run from a FILE.py on this command line, since the run may be a stranger's."""
     saved = run_settings(run)
-    if lacking := {item.name for item in fields(Settings)} - saved.keys():
-        lacking = min(lacking)
-        raise UserError(f"{run}/config.json lacks {lacking}; --adapter {run} starts anew from it.")
-    again = Settings(**saved)
-    for key in sorted(given):
+    for key in [item.name for item in fields(Settings)] if resume else saved.keys() & keys:
+        fault = f"{run}/config.json lacks {key}; --adapter {run} starts anew from it."
+        refuse(key not in saved, fault)
         here, there = getattr(settings, key), saved[key]
-        if key in ("data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"):
-            setattr(again, key, here)
-        elif here != there:
-            raise UserError(f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
-    if settings.task != again.task:
-        raise UserError(f"{run} was trained on {again.task}, not on {settings.task}.")
-    refuse_foreign_code(again, given, CODE, run)
-    return again
+        if key not in given and key != "task":
+            trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
+            foreign = key in CODE and is_code(there)
+            refuse(foreign, f"{run} was made with code of its own; {trust}")
+            setattr(settings, key, there)
+        elif resume and key not in MACHINE:
+            refuse(here != there, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
 
 
 def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> Path:
@@ -2275,20 +2151,16 @@ def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> 
     rows = [asdict(problem) for problem in task.train + task.test]
     data = hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
     if resume:
-        if read_json(resume / "config.json").get("data") != data:
-            raise UserError(f"The task's data are not those with which {resume} began.")
-        if not (resume / "state.pt").exists():
-            if (resume / "adapter_model.safetensors").exists():
-                raise UserError(f"{resume} has an adapter but no state.pt: it cannot be resumed.")
-            console.print(f"{resume} was ended before its first save: it starts at step 0.")
+        other = read_json(resume / "config.json").get("data") != data
+        refuse(other, f"The task's data are not those with which {resume} began.")
+        lost = (resume / "adapter_model.safetensors").exists() > (resume / "state.pt").exists()
+        refuse(lost, f"{resume} has an adapter but no state.pt: it cannot be resumed.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
         run, number = Path("runs", f"{name}-{number}"), number + 1
     run.mkdir(parents=True)
-    versions = {library._name: library.__version__ for library in (torch, transformers, peft)}
-    config = {"settings": asdict(settings), "data": data, "versions": versions}
-    versions["tokenrl"] = __version__
+    config = {"settings": asdict(settings), "data": data, "version": __version__}
     write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
 
@@ -2310,44 +2182,33 @@ def train_command(
     given: set[str],
     name: Annotated[str, own("Folder in runs/.", "TASK-METHOD")] = "",
     resume: Annotated[Path | None, own("Continue the run in this folder.")] = None,
-    dry_run: Annotated[
-        bool, own("Take one large step; tell its memory.", True, "--dry-run")
-    ] = False,
+    dry: Annotated[bool, own("Take one large step; tell its memory.", True, "--dry-run")] = False,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
     if resume:
-        settings = resume_settings(settings, given, resume)
+        take_over(settings, given, resume, resume=True)
     credit_function(settings)  # what is wrong with it is said now
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
     policy, task = find_policy(settings)
-    if not task.train:
-        raise UserError(f"The task {settings.task} has only problems for tests.")
+    refuse(not task.train, f"The task {settings.task} has only problems for tests.")
     torch.manual_seed(settings.seed)
     policy.model = trainable_model(policy, settings, given)
-    size = min(100, len(task.train) // 7) if settings.validate_every else 0
-    train_set, held_out = task.train[size:], task.train[:size]
-    test_set = task.test[: settings.eval_problems]
-    longest = max(len(policy.prompt_ids(p.question)) for p in task.train + test_set)
+    longest = max(len(policy.prompt_ids(p.question)) for p in task.train + task.test)
     base, label = base_of(policy.model), method_name(settings.method)
     check_length(base.config, longest + settings.max_new_tokens)
-    if dry_run:
-        return show_dry_run(policy, train_set, settings)
+    if dry:
+        return show_dry_run(policy, task.train, settings)
     rank, name = rank_and_world()[0], name or f"{settings.task}-{label}"
     run = gather([None if rank else open_run(settings, task, name, resume)])[0]
+    form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
+    console.print(
+        f"{label} on {settings.task}, {form} prompt, {base.dtype} on {base.device}\nrun {run}"
+    )
     with contextlib.nullcontext() if rank else locked(run):
-        trainable, total = policy.model.get_nb_trainable_parameters()
-        form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-        console.print(
-            f"{label} on {settings.task}: {len(train_set)} problems to train, {len(held_out)} to "
-            f"validate, {len(test_set)} to test\n{base.config.model_type}: {total / 1e6:,.1f} M "
-            f"parameters, {trainable / 1e6:,.2f} M in LoRA, {base.dtype}, {base.device}, {form} "
-            f"prompt\nrun {run}"
-        )
         try:
-            train_and_compare(policy, train_set, held_out, test_set, settings, run)
+            train_and_compare(policy, task, settings, run)
         except UserError:
-            begun = resume or (run / "eval.jsonl").exists() or (run / "state.pt").exists()
-            if rank == 0 and not begun:
+            if not (rank or resume or (run / "state.pt").exists()):
                 shutil.rmtree(run, ignore_errors=True)  # a start that failed
             raise
     processes().wait_for_everyone()
@@ -2358,148 +2219,123 @@ def trainable_model(policy: Policy, settings: Settings, given: set[str]):
     shape = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
     if not settings.start_from:
         return add_lora(policy.model, *(getattr(settings, key) for key in shape))
-    if asked := given.intersection(shape):
-        raise UserError(f"--adapter has its own shape of LoRA: leave out {flag(min(asked))}.")
+    asked = min(given.intersection(shape), default="")
+    refuse(asked, f"--adapter has its own shape of LoRA: leave out {flag(asked)}.")
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
 
-def train_and_compare(policy, train_set, held_out, test_set, settings: Settings, run: Path) -> None:
-    memory, folder = memory_name(base_of(policy.model).device), shlex.quote(run.as_posix())
-    again = f"python tokenrl.py train {settings.task} --resume {folder}{repeated(settings, CODE)}"
-    with catch_signals(again) as stop:
-        asked = partial(evaluate_once, policy, test_set, settings, run, stop)
+def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path) -> None:
+    """Evaluate, train and evaluate again, as far as the run has not done it yet."""
+    size = min(100, len(task.train) // 7) if settings.validate_every else 0
+    held_out, train_set = task.train[:size], task.train[size:]
+    test_set, rows = task.test[: settings.eval_problems], []
+    asked = partial(evaluate_once, policy, test_set, settings, run)
+    console.print(
+        f"{len(train_set)} problems to train, {size} to validate, {len(test_set)} to test"
+    )
+    with catch_signals(to_paste(["train", settings.task, "--resume", run], settings, CODE)) as stop:
         phases = ["base", "start"] if settings.start_from else ["base"]  # start: as --adapter is
         results = {phase: asked(phase) for phase in phases}
         if base := results["base"]:
-            console.print(f"before training: {accuracy(base):.1%} of {len(base)} right (greedy)")
-            if (cut := fmean(record["truncated"] for record in base)) > 0.5:
-                limit = f"{settings.max_new_tokens} tokens"
-                warn(f"{cut:.0%} were cut off at {limit} and count as wrong: see --max-new-tokens.")
-        with live_table(settings.steps, memory) as show:
+            cut = fmean(record["truncated"] for record in base)
+            console.print(
+                f"before training: {accuracy(base):.1%} of {len(base)} right (greedy), {cut:.0%} "
+                f"cut off at {settings.max_new_tokens} tokens"
+            )
+        with progress("training", settings.steps) as tick:
             for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
-                text = policy.text(first.completions[0])
-                note = completion_note(first.problem, text, first.rewards[0])
-                show(row, note if row["step"] % 10 == 1 else "")
+                note, text = "", policy.text(first.completions[0])
+                if not rows or row["step"] % 10 == 1:
+                    note = completion_note(first.problem, text, first.rewards[0])
+                show_step(row, note)
+                tick(1 if rows else row["step"])
+                rows.append(row)
         if any(gather([bool(stop)])):
-            console.print("Stopped and saved. Continue with:", again, soft_wrap=True)
-            raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
+            stop.append(signal.SIGTERM)  # where it was another process that got a signal
+            return
         processes().wait_for_everyone()
         kept = safetensors.load_file(run / "adapter_model.safetensors")
         peft.set_peft_model_state_dict(policy.model, kept)
         results["trained"] = asked("trained")
     if test_set:
-        label = method_name(settings.method)
-        console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
-    rows = run_rows(run / "metrics.jsonl", STEP)
-    console.print(training_summary(rows, memory))
-    if not sum(row["tokens_trained"] for row in rows):
-        warn("Nothing was trained: rewards never differed. See --reward and --max-new-tokens.")
+        title = f"{settings.task}, {method_name(settings.method)}, {run}"
+        console.print(comparison_table(results, title))
+    if rows:
+        console.print(training_summary(rows))
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
-    command = f"python tokenrl.py eval {settings.task} --adapter {folder}"
-    console.print("Ask it again:", command + repeated(settings, CODE[:2]), soft_wrap=True)
+    again = to_paste(["eval", settings.task, "--adapter", run], settings, CODE[:2])
+    console.print("Ask it again:", again, soft_wrap=True)
 
 
-def repeated(settings: Settings, keys: list[str]) -> str:
-    """What a command that we print must say again: code, and where the data are."""
-    words = []
-    for key in keys:
-        if is_code(value := getattr(settings, key)):
+def to_paste(words: list, settings: Settings, keys: list[str]) -> str:
+    """A command, with what it must say again: code, and where the data are."""
+    for key in [*keys, "data_dir"]:
+        if (value := getattr(settings, key)) != getattr(Settings, key):
             words += [flag(key), value]
-    if settings.data_dir != DATA:
-        words += ["--data-dir", settings.data_dir.as_posix()]
-    return "".join(f" {shlex.quote(word)}" for word in words)
+    return shlex.join(["python", "tokenrl.py", *map(str, words)])
 
 
 @contextlib.contextmanager
 def catch_signals(again: str):
-    """Yields a list that gets the first Ctrl-C or SIGTERM, so that the step in progress is saved. A
-    second one ends the program, saying `again`."""
+    """Yields a list that gets the first Ctrl-C or SIGTERM, after which what is under way is still
+    done and saved; a second one ends the program. `again` is the command that goes on."""
     stop, owner = [], os.getpid()
 
     def handle(number, frame):
         if os.getpid() != owner:  # a process that a reward has forked
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif stop:
-            raise KeyboardInterrupt
-        else:
-            stop.append(number)
-            console.print("Stopping after this step or batch (press again to give up at once) ...")
+            os._exit(128 + number)
+        if stop:
+            raise SystemExit(128 + number)
+        stop.append(number)
+        console.print("Stopping after this step or evaluation (again: at once) ...")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except KeyboardInterrupt:
-        console.print("Interrupted; all saved is intact. Continue with:", again, soft_wrap=True)
-        raise typer.Exit(128 + (stop or [signal.SIGINT])[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if stop:
+            console.print("What was saved is intact. Continue with:", again, soft_wrap=True)
+    if stop:
+        raise SystemExit(128 + stop[0])
 
 
-@contextlib.contextmanager
-def progress(label: str, total: int, stop: list = ()):
-    """Yields the `tick` of evaluate: a bar, or without a terminal a line. `stop` ends it."""
-    if not console.is_terminal:
-        console.print(f"{label}: {total:,} answers ...")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-
-        def tick(count: int) -> None:
-            bar.advance(task, count)
-            if stop:
-                raise KeyboardInterrupt
-
-        yield tick
-
-
-def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
+def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -> list[dict]:
     """The records of a phase: those in run/eval.jsonl, or new ones, which are added there."""
-    path = run / "eval.jsonl"
-    old = run_rows(path, ANSWER)
-    done = [row for row in old if row["phase"] == phase]
-    if [row["question"] for row in done] == [problem.question for problem in problems]:
+    path, samples = run / "eval.jsonl", settings.eval_samples
+    old = [row for _, row in read_rows(path)] if path.exists() else []
+    done = [row for row in old if row.get("phase") == phase]
+    whole = all(isinstance(row.get(key), (int, float)) for row in done for key in NUMBERS)
+    if whole and [Problem(*map(row.get, PROBLEM)) for row in done] == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
-    samples = settings.eval_samples
-    with bare, progress("evaluating", len(problems) * (1 + samples), stop) as tick:
+    with bare, progress("evaluating", len(problems) * (1 + samples)) as tick:
         found = evaluate(policy, problems, settings, samples, tick)
     records = [{"phase": phase, **record} for record in found]
     if rank_and_world()[0] == 0:
-        write_jsonl(path, [row for row in old if row["phase"] != phase] + records)
+        write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
     return records
 
 
 def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
     """One step at its largest: the longest prompts, no completion ends, every group has signal."""
     device, count = base_of(policy.model).device, settings.prompts_per_step + settings.replay
-    by_length = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
-    asked = (by_length * count)[-count:]  # where there are fewer, some come twice in a step
+    problems = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
     policy.ends = set()
     peak_memory(device, reset=True)
-    start = time.perf_counter()
-    rollouts = roll_out(policy, asked, settings, settings.seed)
-    middle, rollout_peak = time.perf_counter(), peak_memory(device, reset=True)
+    rollouts = roll_out(policy, (problems * count)[-count:], settings, settings.seed)
+    peak = peak_memory(device, reset=True)
     for rollout in rollouts:
         rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
     credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
-    sums, _ = update(policy, credited, len(rollouts), new_optimizer(policy.model), settings)
-    seconds = time.perf_counter() - middle
-    console.print(
-        f"The largest step, {method_name(settings.method)}:\n"
-        f"weights               {gigabytes(memory_of(policy.model))}\n"
-        f"peak memory, rollout  {gigabytes(rollout_peak)}\n"
-        f"peak memory, update   {gigabytes(peak_memory(device))}\n"
-        f"tokens generated      {sum(len(c) for r in rollouts for c in r.completions):,}\n"
-        f"tokens trained        {sums['tokens_trained']:,}\n"
-        f"rollout / update, s   {middle - start:.1f} / {seconds:.1f}"
-    )
-
-
-def memory_of(model) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    sums, _ = update(policy, credited, count, new_optimizer(policy.model), settings)
+    peaks = f"{peak / 2**30:.2f} GiB, update {peak_memory(device) / 2**30:.2f} GiB"
+    generated = sum(len(c) for rollout in rollouts for c in rollout.completions)
+    console.print(f"peak memory, rollout {peaks}")
+    console.print(f"tokens generated {generated:,}, trained {sums['tokens_trained']:,}")
 
 
 @app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
@@ -2518,8 +2354,8 @@ def eval_command(
     """Compare the base model and any number of adapters on the held-out problems."""
     check_writable(output)
     adapters = list(dict.fromkeys(adapter or []))
-    if adapters:
-        ask_as_trained(settings, given, adapters[0], [*ASKED, "metric"])
+    for folder in adapters[:1]:
+        take_over(settings, given, folder, ASKED | {"metric"})
     policy, task = find_policy(settings)
     problems = [Problem(question, "")] if question else task.test[:limit]
     results = {}
@@ -2541,19 +2377,18 @@ def eval_command(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
-    if not (reached := accuracy(results[label])) >= min_accuracy:  # NaN fails too
-        errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
-        raise typer.Exit(1)
+    reached = accuracy(results[label])
+    low = f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}."
+    refuse(not reached >= min_accuracy, low)  # NaN fails too
 
 
 def check_writable(path: Path | None, *kinds: str) -> None:
     """Raise now, not after an hour, where --output cannot be written or is of no known kind."""
     if path:
-        if kinds and path.suffix not in kinds:
-            raise UserError(f"--output {path} must end in {' or '.join(kinds)}.")
+        unknown = kinds and path.suffix not in kinds
+        refuse(unknown, f"--output {path} must end in {' or '.join(kinds)}.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_fifo():  # whose reader would take it for the end
-            open(path, "a").close()
+        open(path, "a").close()
 
 
 @app.command("inspect", epilog="Example: python tokenrl.py inspect svamp --method all")
@@ -2561,43 +2396,36 @@ def check_writable(path: Path | None, *kinds: str) -> None:
 def inspect_command(
     settings: Settings,
     given: set[str],
-    index: Annotated[int | None, own("Number of the training problem.", "one with signal")] = None,
+    index: Annotated[int | None, own("The training problem.", "one with signal", min=0)] = None,
     adapter: Annotated[Path | None, own("A run's folder.")] = None,
     output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
     check_writable(output, ".html", ".svg")
     if adapter:
-        numbers = ["method", "alpha", "p", "k", "group_size"]
-        ask_as_trained(settings, given, adapter, ASKED + numbers)
-    methods = METHODS if settings.method == "all" else [settings.method]
-    functions = {name: credit_function(replace(settings, method=name)) for name in methods}
+        keys = ASKED | {"method", "alpha", "p", "k", "group_size"}
+        take_over(settings, given, adapter, keys)
     policy, task = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
     problems = task.train or task.test
-    if index is not None and not 0 <= index < len(problems):
-        raise UserError(f"--index {index}: there are {len(problems)} problems, from 0.")
-    for problem in problems[:20] if index is None else [problems[index]]:
+    asked = problems[:20] if index is None else problems[index : index + 1]
+    refuse(not asked, f"--index {index}: there are {len(problems)} problems, from 0.")
+    for problem in asked:
         [rollout] = roll_out(policy, [problem], settings, settings.seed)
         if rollout.has_signal:
             break
     shown = {}
-    for name, function in functions.items():
+    for name in METHODS if settings.method == "all" else [settings.method]:
+        function = credit_function(replace(settings, method=name))
         credited = credit([rollout], function, random.Random(settings.seed))
-        words = METHODS.get(name, function).__doc__ or "a method without a docstring"
-        rule = words.strip().split("\n")[0].rstrip(".")
-        if name == "s-grpo":
-            rule += f" (alpha {settings.alpha}, p {settings.p:g}, k {settings.k or 'off'})"
+        rule = first_line(METHODS.get(name, function).__doc__ or "a method without a docstring.")
         shown[method_name(name)] = rule, credited[0][2] if credited else {}
     finished = [policy.finished(completion) for completion in rollout.completions]
-    parts = list(show_group(policy.tokenizer.decode, rollout, finished, shown))
-    console.print(*parts, sep="\n")
+    console.record = bool(output)
+    console.print(*show_group(policy.tokenizer.decode, rollout, finished, shown), sep="\n")
     if output:
-        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), **AS_IT_IS)
-        paper.print(*parts, sep="\n")
-        (paper.save_html if output.suffix == ".html" else paper.save_svg)(str(output))
-        console.print(f"Written: {output}")
+        (console.save_html if output.suffix == ".html" else console.save_svg)(str(output))
 
 
 @app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
@@ -2610,20 +2438,21 @@ def plot(
     check_writable(output, ".png", ".svg")
     curves = {}
     for run in runs:
-        rows = run_rows(run / "metrics.jsonl", STEP)
-        records = run_rows(run / "eval.jsonl", ANSWER)
-        phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
-        gain = " → ".join(f"{accuracy(phase):.1%}" for phase in phases if all(phases))
+        log = run / "metrics.jsonl"
+        rows = [row for _, row in read_rows(log)] if log.exists() else []
         if curve := curve_of(rows, what):
-            curves[f"{run}  {gain}".strip()] = curve
-        else:
-            console.print(f"{run} has no {what if rows else 'steps yet'}, so it is left out.")
-    if not curves:
-        raise UserError("There is nothing to draw.")
+            curves[str(run)] = curve
+    refuse(not curves, f"There is no {what} to draw in {', '.join(map(str, runs))}.")
     console.print(curve_table(curves, what))
     if output:
-        save_picture(curves, what, output)
-        console.print(f"Written: {output}")
+        from matplotlib.figure import Figure
+
+        axes = (figure := Figure(layout="constrained")).subplots()
+        for run, curve in curves.items():
+            axes.plot(*zip(*curve.items()), label=run)
+        axes.set(xlabel="step", ylabel=what)
+        axes.legend()
+        figure.savefig(output)
 
 
 @app.command(epilog="Example: python tokenrl.py merge runs/svamp-s-grpo merged")
@@ -2634,19 +2463,14 @@ def merge(
 ):
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or
     transformers. bfloat16 rounds away what is under a 500th of a weight."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; give a new folder.")
-    trained = adapter_settings(run)
-    name = trained["model"]
+    refuse(out.exists(), f"{out} is there already; give a new folder.")
+    name = run_settings(run)["model"]
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     source = Path(tokenizer.name_or_path)
     kind = stored_dtype(source) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
-    try:
-        adapted = load_adapter(model, run, "adapter", name)
-        model = adapted.merge_and_unload(safe_merge=True).to(kind)
-    except ValueError as error:  # lora_alpha can be NaN
-        raise UserError(f"{run} cannot be merged: {first_line(error)}") from None
+    model = load_adapter(model, run, "adapter", name).merge_and_unload().to(kind)
+    check_finite(model.named_parameters(), run)  # its lora_alpha can be anything
     # The base's own top_k or penalties would answer otherwise than what was trained and measured.
     ends, pad = sorted(end_tokens(model, tokenizer)), model.generation_config.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
@@ -2654,37 +2478,27 @@ def merge(
     tokenizer.save_pretrained(out)
     if (source / "prompt.txt").is_file():
         shutil.copy(source / "prompt.txt", out)
-    console.print(f"Written: {out}, {gigabytes(memory_of(model))} in {str(kind).split('.')[1]}")
-    if "task" in trained and not is_bundled(name):
-        settings = Settings(**trained)
-        words = ["python", "tokenrl.py", "eval", settings.task, "--model", out.as_posix()]
-        for key in ASKED[1:]:
-            value = getattr(settings, key)
-            if value != getattr(Settings, key) and not is_code(str(value)):
-                words += [flag(key), str(value)]
-        command = shlex.join(words) + repeated(settings, ["reward"])
-        console.print("Check it:", command, soft_wrap=True)
+    console.print(f"Written: {out}, {kind}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     # Before torch is imported: threads that spin long starve each other beside a busy core, and a
     # GPU's memory in fixed pieces is lost to fragments.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "600")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("GOMP_SPINCOUNT", "600")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     sys.modules.setdefault("tokenrl", sys.modules[__name__])  # for `import tokenrl` in a FILE.py
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
+        stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
     try:
         app(arguments)
     except Exception as error:
         if out_of_memory(error):
             sentence = "Out of memory: lower --batch-rows, --max-pack-tokens or --max-new-tokens."
-        elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        elif "No space left" in str(error):
             sentence = "The disk is full; what was saved is intact. Make room, then --resume."
+        elif isinstance(error, ModuleNotFoundError):
+            sentence = f"{error}: pip install {error.name}"
         elif isinstance(error, (UserError, OSError)):
             sentence = str(error)
         else:
