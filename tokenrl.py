@@ -1871,14 +1871,13 @@ def progress(label: str, total: int):
 
 
 def show_step(row: dict, note: str = "") -> None:
-    """A row of metrics as a line of the live table; below a note stand its titles again."""
+    """A line of the live table; where there is a note, it and the titles stand above."""
     if note:
         console.print(note)
         console.print(TITLES, style="bold", soft_wrap=True)
-    more = {"mark": "!" * row["skipped"] + str(row["step"])}
-    more["trained"] = row["tokens_trained"] / max(1, row["tokens_generated"])
-    more["seconds"] = row["rollout_s"] + row["update_s"]
-    more["memory"] = row["peak_memory"] / 2**30
+    share = row["tokens_trained"] / max(1, row["tokens_generated"])
+    more = {"mark": "!" * row["skipped"] + str(row["step"]), "trained": share}
+    more |= {"seconds": row["rollout_s"] + row["update_s"], "memory": row["peak_memory"] / 2**30}
     line = LINE.format(**row, **more)
     if "validation" in row:
         line += f" {row['validation']:10.1%}"
@@ -1971,7 +1970,7 @@ def changes(results: dict[str, list[dict]], most: int) -> Iterator:
                 yield table
 
 
-def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods: dict) -> Iterator:
+def show_group(policy: Policy, rollout: Rollout, methods: dict) -> Iterator:
     """What `inspect` shows of a group, given {method: (its rule, its {node: weight})}."""
     trie = Trie(rollout.completions)
     yield f"Problem: {rollout.problem.question}\nAnswer: {rollout.problem.answer}"
@@ -1982,9 +1981,10 @@ def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods
         yield Text("All rewards are equal: no method learns anything from this group.", "yellow")
     for name, (rule, weights) in methods.items():
         yield f"\n{name}: {rule} {len(weights)} of {nodes} nodes are trained."
-        rows = zip(trie.paths, rollout.rewards, finished)
-        for number, (path, reward, ended) in enumerate(rows, 1):
-            text, mark = credit_text(decode, trie, path, weights), "" if ended else " (cut off)"
+        rows = zip(trie.paths, rollout.completions, rollout.rewards)
+        for number, (path, completion, reward) in enumerate(rows, 1):
+            text = credit_text(policy.tokenizer.decode, trie, path, weights)
+            mark = "" if policy.finished(completion) else " (cut off)"
             yield Text.assemble(f"{number:2} reward {reward:g}  ", text, mark)
 
 
@@ -2003,10 +2003,13 @@ def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int
     return text
 
 
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor infinite
+
+
 def curve_of(rows: list[dict], what: str) -> dict[int, float]:
     """{step: value} of a column of metrics.jsonl, as at most 30 means of neighbours."""
-    known = [(i, row.get(what)) for i, row in enumerate(rows, 1)]
-    known = [(i, y) for i, y in known if isinstance(y, (int, float)) and abs(y) < 1e300]  # no NaN
+    known = [(i, row[what]) for i, row in enumerate(rows, 1) if is_number(row.get(what))]
     size = len(known) // 30 + 1
     chunks = [known[i : i + size] for i in range(0, len(known), size)]
     return {chunk[-1][0]: fmean(y for _, y in chunk) for chunk in chunks}
@@ -2031,7 +2034,6 @@ METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weig
 PROBLEM = ["question", "answer", "type"]  # of a record of an evaluation
 NUMBERS = ["correct", "length", "truncated", "samples", "samples_correct"]
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
-ASKED = {"model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"}
 MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
 
@@ -2049,8 +2051,7 @@ def own(help: str, default: str | bool = True, *names: str, **limits):
 
 
 def asks(command: Callable) -> Callable:
-    """`command(settings, given, its own options)` for typer, with the options of Settings that name
-    it. `given` are those on this command line."""
+    """`command(settings, its own options)` for typer, with the options of Settings that name it."""
     name, kinds = command.__name__.removesuffix("_command"), inspect.signature(Settings).parameters
     shared = [item for item in fields(Settings) if name in item.metadata.get("on", ())]
     tasks = typer.Argument(help="svamp, multiply, or a task that prep made.")
@@ -2060,13 +2061,15 @@ def asks(command: Callable) -> Callable:
         check_settings(settings)
         sources = {item.name: context.get_parameter_source(item.name) for item in shared}
         given = {key for key, source in sources.items() if source.name == "COMMANDLINE"}
-        command(settings, given, **values)
+        if folder := values.get("resume") or values.get("adapter"):
+            take_over(settings, given, folder[0] if name == "eval" else folder, name)
+        command(settings, **values)
 
     first, own = (list(inspect.signature(f).parameters.values()) for f in (run, command))
     for item in shared:
         kind = Annotated[item.type, item.metadata["info"]]
         first.insert(-1, kinds[item.name].replace(annotation=kind))
-    run.__signature__, run.__doc__ = inspect.Signature(first[:-1] + own[2:]), command.__doc__
+    run.__signature__, run.__doc__ = inspect.Signature(first[:-1] + own[1:]), command.__doc__
     return run
 
 
@@ -2077,8 +2080,8 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
         settings.model = DEFAULT_MODEL
         if svamp and not (device.startswith("cuda") and (settings.data_dir / "svamp").is_dir()):
             settings.model = "demo"
-            console.print("Without a CUDA GPU and prep svamp, this is the bundled demo;")
-            console.print(f"for the real thing: --model {DEFAULT_MODEL}, or a folder.")
+            console.print("Without a CUDA GPU and `prep svamp` this is the bundled demo.")
+            console.print(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
     name, bundled = settings.model, is_bundled(settings.model)
     lacking = bundled and not (DATA / "demo").is_dir()
     refuse(lacking, f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
@@ -2129,21 +2132,22 @@ def run_settings(run: Path) -> dict:
     return known
 
 
-def take_over(settings: Settings, given: set[str], run: Path, keys=(), resume=False) -> None:
-    """Set what this command line leaves open as in the run: `keys`, or to resume all. Code is only
+def take_over(settings: Settings, given: set[str], run: Path, command: str) -> None:
+    """Set what this command line leaves open as in the run; to train is to resume it. Code is only
     run from a FILE.py on this command line, since the run may be a stranger's."""
-    saved = run_settings(run)
-    for key in [item.name for item in fields(Settings)] if resume else saved.keys() & keys:
-        fault = f"{run}/config.json lacks {key}; --adapter {run} starts anew from it."
-        refuse(key not in saved, fault)
-        here, there = getattr(settings, key), saved[key]
-        if key not in given and key != "task":
+    saved, resume = run_settings(run), command == "train"
+    for item in fields(Settings):
+        key, here, there = item.name, getattr(settings, item.name), saved.get(item.name)
+        lacks = f"{run}/config.json lacks {key}; --adapter {run} starts anew from it."
+        refuse(resume and key not in saved, lacks)
+        if key in given or key == "task":
+            changed = resume and key not in MACHINE and here != there
+            refuse(changed, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
+        elif resume or key in saved.keys() - MACHINE and command in item.metadata["on"]:
             trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
             foreign = key in CODE and is_code(there)
             refuse(foreign, f"{run} was made with code of its own; {trust}")
             setattr(settings, key, there)
-        elif resume and key not in MACHINE:
-            refuse(here != there, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
 
 
 def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> Path:
@@ -2165,34 +2169,21 @@ def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> 
     return run
 
 
-@contextlib.contextmanager
-def locked(run: Path):
-    """One process at a time writes into a run. The system lets go of the lock of one that dies."""
-    try:
-        with filelock.FileLock(run / "run.lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"Another process is training {run}; wait for it, or end it.") from None
-
-
-@app.command("train", epilog="Example: python tokenrl.py train svamp --method t-spmo --steps 50")
+@app.command("train")
 @asks
 def train_command(
     settings: Settings,
-    given: set[str],
     name: Annotated[str, own("Folder in runs/.", "TASK-METHOD")] = "",
     resume: Annotated[Path | None, own("Continue the run in this folder.")] = None,
     dry: Annotated[bool, own("Take one large step; tell its memory.", True, "--dry-run")] = False,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
-    if resume:
-        take_over(settings, given, resume, resume=True)
     credit_function(settings)  # what is wrong with it is said now
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
     policy, task = find_policy(settings)
     refuse(not task.train, f"The task {settings.task} has only problems for tests.")
     torch.manual_seed(settings.seed)
-    policy.model = trainable_model(policy, settings, given)
+    policy.model = trainable_model(policy, settings)
     longest = max(len(policy.prompt_ids(p.question)) for p in task.train + task.test)
     base, label = base_of(policy.model), method_name(settings.method)
     check_length(base.config, longest + settings.max_new_tokens)
@@ -2204,23 +2195,26 @@ def train_command(
     console.print(
         f"{label} on {settings.task}, {form} prompt, {base.dtype} on {base.device}\nrun {run}"
     )
-    with contextlib.nullcontext() if rank else locked(run):
-        try:
+    try:
+        with contextlib.nullcontext() if rank else filelock.FileLock(run / "run.lock", timeout=0):
             train_and_compare(policy, task, settings, run)
-        except UserError:
-            if not (rank or resume or (run / "state.pt").exists()):
-                shutil.rmtree(run, ignore_errors=True)  # a start that failed
-            raise
+    except filelock.Timeout:
+        raise UserError(f"Another process is training {run}; wait for it, or end it.") from None
+    except UserError:
+        if not (rank or resume or (run / "state.pt").exists()):
+            shutil.rmtree(run, ignore_errors=True)  # a start that failed
+        raise
     processes().wait_for_everyone()
 
 
-def trainable_model(policy: Policy, settings: Settings, given: set[str]):
+def trainable_model(policy: Policy, settings: Settings):
     """The model with a fresh LoRA adapter, or with the one that --adapter starts from."""
-    shape = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
+    keys = "lora_rank", "lora_alpha", "lora_targets", "lora_layers"
+    shape, usual = ([getattr(thing, key) for key in keys] for thing in (settings, Settings))
     if not settings.start_from:
-        return add_lora(policy.model, *(getattr(settings, key) for key in shape))
-    asked = min(given.intersection(shape), default="")
-    refuse(asked, f"--adapter has its own shape of LoRA: leave out {flag(asked)}.")
+        return add_lora(policy.model, *shape)
+    fault = f"--adapter has its own shape of LoRA: leave out {', '.join(map(flag, keys))}."
+    refuse(shape != usual, fault)
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
@@ -2230,6 +2224,7 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     size = min(100, len(task.train) // 7) if settings.validate_every else 0
     held_out, train_set = task.train[:size], task.train[size:]
     test_set, rows = task.test[: settings.eval_problems], []
+    label = method_name(settings.method)
     asked = partial(evaluate_once, policy, test_set, settings, run)
     console.print(
         f"{len(train_set)} problems to train, {size} to validate, {len(test_set)} to test"
@@ -2237,12 +2232,8 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     with catch_signals(to_paste(["train", settings.task, "--resume", run], settings, CODE)) as stop:
         phases = ["base", "start"] if settings.start_from else ["base"]  # start: as --adapter is
         results = {phase: asked(phase) for phase in phases}
-        if base := results["base"]:
-            cut = fmean(record["truncated"] for record in base)
-            console.print(
-                f"before training: {accuracy(base):.1%} of {len(base)} right (greedy), {cut:.0%} "
-                f"cut off at {settings.max_new_tokens} tokens"
-            )
+        if test_set:
+            console.print(comparison_table(results, "before training"))
         with progress("training", settings.steps) as tick:
             for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
                 note, text = "", policy.text(first.completions[0])
@@ -2259,8 +2250,7 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
         peft.set_peft_model_state_dict(policy.model, kept)
         results["trained"] = asked("trained")
     if test_set:
-        title = f"{settings.task}, {method_name(settings.method)}, {run}"
-        console.print(comparison_table(results, title))
+        console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
     if rows:
         console.print(training_summary(rows))
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
@@ -2308,7 +2298,7 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -
     path, samples = run / "eval.jsonl", settings.eval_samples
     old = [row for _, row in read_rows(path)] if path.exists() else []
     done = [row for row in old if row.get("phase") == phase]
-    whole = all(isinstance(row.get(key), (int, float)) for row in done for key in NUMBERS)
+    whole = all(is_number(row.get(key)) for row in done for key in NUMBERS)
     if whole and [Problem(*map(row.get, PROBLEM)) for row in done] == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
@@ -2338,11 +2328,10 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) ->
     console.print(f"tokens generated {generated:,}, trained {sums['tokens_trained']:,}")
 
 
-@app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
+@app.command("eval")
 @asks
 def eval_command(
     settings: Settings,
-    given: set[str],
     adapter: Annotated[list[Path] | None, own("A run's folder; may come again.")] = None,
     question: Annotated[str, own("Only answer this question of yours.")] = "",
     samples: Annotated[int, own("Samples a problem too, for pass@k.", min=0)] = 0,
@@ -2354,8 +2343,6 @@ def eval_command(
     """Compare the base model and any number of adapters on the held-out problems."""
     check_writable(output)
     adapters = list(dict.fromkeys(adapter or []))
-    for folder in adapters[:1]:
-        take_over(settings, given, folder, ASKED | {"metric"})
     policy, task = find_policy(settings)
     problems = [Problem(question, "")] if question else task.test[:limit]
     results = {}
@@ -2391,20 +2378,16 @@ def check_writable(path: Path | None, *kinds: str) -> None:
         open(path, "a").close()
 
 
-@app.command("inspect", epilog="Example: python tokenrl.py inspect svamp --method all")
+@app.command("inspect")
 @asks
 def inspect_command(
     settings: Settings,
-    given: set[str],
     index: Annotated[int | None, own("The training problem.", "one with signal", min=0)] = None,
     adapter: Annotated[Path | None, own("A run's folder.")] = None,
     output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
     check_writable(output, ".html", ".svg")
-    if adapter:
-        keys = ASKED | {"method", "alpha", "p", "k", "group_size"}
-        take_over(settings, given, adapter, keys)
     policy, task = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
@@ -2421,14 +2404,13 @@ def inspect_command(
         credited = credit([rollout], function, random.Random(settings.seed))
         rule = first_line(METHODS.get(name, function).__doc__ or "a method without a docstring.")
         shown[method_name(name)] = rule, credited[0][2] if credited else {}
-    finished = [policy.finished(completion) for completion in rollout.completions]
     console.record = bool(output)
-    console.print(*show_group(policy.tokenizer.decode, rollout, finished, shown), sep="\n")
+    console.print(*show_group(policy, rollout, shown), sep="\n")
     if output:
         (console.save_html if output.suffix == ".html" else console.save_svg)(str(output))
 
 
-@app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
     what: Annotated[str, own("A column of metrics.jsonl, such as validation.")] = "reward",
@@ -2455,7 +2437,7 @@ def plot(
         figure.savefig(output)
 
 
-@app.command(epilog="Example: python tokenrl.py merge runs/svamp-s-grpo merged")
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],

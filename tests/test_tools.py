@@ -52,9 +52,9 @@ def test_inspect_asks_as_the_run_was_trained(cli, monkeypatch):
 
 
 def test_inspect_writes_completions_as_they_are(cli, monkeypatch):
-    plain = tokenrl.show_group
+    plain = tokenrl.credit_text
     monkeypatch.setattr(
-        tokenrl, "show_group", lambda _, *rest: plain(lambda ids: "[/b]:smile:" * len(ids), *rest)
+        tokenrl, "credit_text", lambda _, *rest: plain(lambda ids: "[/b]:smile:" * len(ids), *rest)
     )
     assert cli("inspect", "svamp", "--index", "3", "--output", "group.html")[0] == 0
     page = Path("group.html").read_text(encoding="utf-8")

@@ -262,12 +262,18 @@ def test_inspect_marks_exactly_the_trained_tokens(method, seed):
             assert sign == ("+" if weight > 0 else "-") * (0 if not weight else 1 + thirds)
 
 
-def group(screen, rewards, methods, word=decode, completions=None):
-    completions = completions or [[2, 3, 4], [2, 3, 5], [2, 6], [7, 8]]
-    rollout = tokenrl.Rollout(PROBLEM, [1], completions, rewards)
+class Shown:
+    """A policy as show_group needs it; [7, 8] was cut off."""
+
+    def __init__(self, decode):
+        self.tokenizer = self
+        self.decode, self.finished = decode, lambda completion: completion != [7, 8]
+
+
+def group(screen, rewards, methods, word=decode):
+    rollout = tokenrl.Rollout(PROBLEM, [1], [[2, 3, 4], [2, 3, 5], [2, 6], [7, 8]], rewards)
     console = screen(100)
-    finished = [True, True, True, False]
-    console.print(*tokenrl.show_group(word, rollout, finished, methods), sep="\n")
+    console.print(*tokenrl.show_group(Shown(word), rollout, methods), sep="\n")
     return console.text()
 
 
