@@ -2044,10 +2044,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise SystemExit
 
 
-def own(help: str, default: str | bool = True, *names: str, **limits):
-    """An option of one command alone."""
-    limits |= {"show_default": default, "rich_help_panel": "This command"}
-    return typer.Option(*names, help=help, **limits)
+own = partial(typer.Option, rich_help_panel="This command")  # an option of one command alone
 
 
 def asks(command: Callable) -> Callable:
@@ -2173,9 +2170,9 @@ def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> 
 @asks
 def train_command(
     settings: Settings,
-    name: Annotated[str, own("Folder in runs/.", "TASK-METHOD")] = "",
-    resume: Annotated[Path | None, own("Continue the run in this folder.")] = None,
-    dry: Annotated[bool, own("Take one large step; tell its memory.", True, "--dry-run")] = False,
+    name: Annotated[str, own(help="Folder in runs/.", show_default="TASK-METHOD")] = "",
+    resume: Annotated[Path | None, own(help="Continue the run in this folder.")] = None,
+    dry: Annotated[bool, own("--dry-run", help="Take one large step; tell its memory.")] = False,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
     credit_function(settings)  # what is wrong with it is said now
@@ -2185,16 +2182,11 @@ def train_command(
     torch.manual_seed(settings.seed)
     policy.model = trainable_model(policy, settings)
     longest = max(len(policy.prompt_ids(p.question)) for p in task.train + task.test)
-    base, label = base_of(policy.model), method_name(settings.method)
-    check_length(base.config, longest + settings.max_new_tokens)
+    check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
     if dry:
         return show_dry_run(policy, task.train, settings)
-    rank, name = rank_and_world()[0], name or f"{settings.task}-{label}"
+    rank, name = rank_and_world()[0], name or f"{settings.task}-{method_name(settings.method)}"
     run = gather([None if rank else open_run(settings, task, name, resume)])[0]
-    form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-    console.print(
-        f"{label} on {settings.task}, {form} prompt, {base.dtype} on {base.device}\nrun {run}"
-    )
     try:
         with contextlib.nullcontext() if rank else filelock.FileLock(run / "run.lock", timeout=0):
             train_and_compare(policy, task, settings, run)
@@ -2213,8 +2205,7 @@ def trainable_model(policy: Policy, settings: Settings):
     shape, usual = ([getattr(thing, key) for key in keys] for thing in (settings, Settings))
     if not settings.start_from:
         return add_lora(policy.model, *shape)
-    fault = f"--adapter has its own shape of LoRA: leave out {', '.join(map(flag, keys))}."
-    refuse(shape != usual, fault)
+    refuse(shape != usual, f"--adapter has its own shape: leave out {', '.join(map(flag, keys))}.")
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
@@ -2224,11 +2215,13 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     size = min(100, len(task.train) // 7) if settings.validate_every else 0
     held_out, train_set = task.train[:size], task.train[size:]
     test_set, rows = task.test[: settings.eval_problems], []
-    label = method_name(settings.method)
-    asked = partial(evaluate_once, policy, test_set, settings, run)
+    base, label = base_of(policy.model), method_name(settings.method)
+    form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
     console.print(
-        f"{len(train_set)} problems to train, {size} to validate, {len(test_set)} to test"
+        f"{label} on {settings.task}: {len(train_set)} problems to train, {size} to validate, "
+        f"{len(test_set)} to test\n{form} prompt, {base.dtype} on {base.device}\nrun {run}"
     )
+    asked = partial(evaluate_once, policy, test_set, settings, run)
     with catch_signals(to_paste(["train", settings.task, "--resume", run], settings, CODE)) as stop:
         phases = ["base", "start"] if settings.start_from else ["base"]  # start: as --adapter is
         results = {phase: asked(phase) for phase in phases}
@@ -2245,7 +2238,6 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
         if any(gather([bool(stop)])):
             stop.append(signal.SIGTERM)  # where it was another process that got a signal
             return
-        processes().wait_for_everyone()
         kept = safetensors.load_file(run / "adapter_model.safetensors")
         peft.set_peft_model_state_dict(policy.model, kept)
         results["trained"] = asked("trained")
@@ -2317,41 +2309,40 @@ def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) ->
     policy.ends = set()
     peak_memory(device, reset=True)
     rollouts = roll_out(policy, (problems * count)[-count:], settings, settings.seed)
-    peak = peak_memory(device, reset=True)
+    peak = peak_memory(device, reset=True) / 2**30
     for rollout in rollouts:
         rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
     credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
     sums, _ = update(policy, credited, count, new_optimizer(policy.model), settings)
-    peaks = f"{peak / 2**30:.2f} GiB, update {peak_memory(device) / 2**30:.2f} GiB"
     generated = sum(len(c) for rollout in rollouts for c in rollout.completions)
-    console.print(f"peak memory, rollout {peaks}")
-    console.print(f"tokens generated {generated:,}, trained {sums['tokens_trained']:,}")
+    console.print(
+        f"peak memory, rollout {peak:.2f} GiB, update {peak_memory(device) / 2**30:.2f} GiB\n"
+        f"tokens generated {generated:,}, trained {sums['tokens_trained']:,}"
+    )
 
 
 @app.command("eval")
 @asks
 def eval_command(
     settings: Settings,
-    adapter: Annotated[list[Path] | None, own("A run's folder; may come again.")] = None,
-    question: Annotated[str, own("Only answer this question of yours.")] = "",
-    samples: Annotated[int, own("Samples a problem too, for pass@k.", min=0)] = 0,
-    limit: Annotated[int | None, own("Only the first N test problems.", "all", min=1)] = None,
-    shown: Annotated[int, own("Answers shown of each kind.", min=0)] = 3,
-    output: Annotated[Path | None, own("Write every answer to this JSONL file.")] = None,
-    min_accuracy: Annotated[float, own("Exit code 1 if the last column is below.")] = 0.0,
+    adapter: Annotated[list[Path] | None, own(help="A run's folder; may come again.")] = None,
+    question: Annotated[str, own(help="Only answer this question of yours.")] = "",
+    samples: Annotated[int, own(help="Samples a problem too, for pass@k.", min=0)] = 0,
+    limit: Annotated[int | None, own(help="Only the first N.", show_default="all", min=1)] = None,
+    shown: Annotated[int, own(help="Answers shown of each kind.", min=0)] = 3,
+    output: Annotated[Path | None, own(help="Write every answer to this JSONL file.")] = None,
+    min_accuracy: Annotated[float, own(help="Exit code 1 if the last column is below.")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
     check_writable(output)
-    adapters = list(dict.fromkeys(adapter or []))
     policy, task = find_policy(settings)
-    problems = [Problem(question, "")] if question else task.test[:limit]
-    results = {}
-    for number, folder in enumerate([None, *adapters]):
-        label = "base"
+    problems, results = [Problem(question, "")] if question else task.test[:limit], {}
+    for number, folder in enumerate([None, *dict.fromkeys(adapter or [])]):
+        label, name = "base", f"adapter{number}"
         if folder:
             label = str(folder) + "/" * (str(folder) == "base")
-            policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
-            policy.model.set_adapter(f"adapter{number}")
+            policy.model = load_adapter(policy.model, folder, name, settings.model)
+            policy.model.set_adapter(name)
         with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
     if question:
@@ -2382,9 +2373,9 @@ def check_writable(path: Path | None, *kinds: str) -> None:
 @asks
 def inspect_command(
     settings: Settings,
-    index: Annotated[int | None, own("The training problem.", "one with signal", min=0)] = None,
-    adapter: Annotated[Path | None, own("A run's folder.")] = None,
-    output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
+    index: Annotated[int | None, own(help="Training problem; else one with signal.", min=0)] = None,
+    adapter: Annotated[Path | None, own(help="A run's folder.")] = None,
+    output: Annotated[Path | None, own(help="Also write it to this .html or .svg file.")] = None,
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
     check_writable(output, ".html", ".svg")
@@ -2413,8 +2404,8 @@ def inspect_command(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[str, own("A column of metrics.jsonl, such as validation.")] = "reward",
-    output: Annotated[Path | None, own("Also draw it into this .png or .svg file.")] = None,
+    what: Annotated[str, own(help="A column of metrics.jsonl, such as validation.")] = "reward",
+    output: Annotated[Path | None, own(help="Also draw it into this .png or .svg file.")] = None,
 ):
     """Draw the curves of one or more runs, in the terminal and as a picture."""
     check_writable(output, ".png", ".svg")
@@ -2441,7 +2432,7 @@ def plot(
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
-    dtype: Annotated[str, own("auto (the model's own), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, own(help="auto (the model's own), float32, bfloat16, float16.")] = "auto",
 ):
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or
     transformers. bfloat16 rounds away what is under a 500th of a weight."""
@@ -2475,15 +2466,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except Exception as error:
+        sentence = str(error)
         if out_of_memory(error):
             sentence = "Out of memory: lower --batch-rows, --max-pack-tokens or --max-new-tokens."
-        elif "No space left" in str(error):
+        elif "No space left" in sentence:
             sentence = "The disk is full; what was saved is intact. Make room, then --resume."
         elif isinstance(error, ModuleNotFoundError):
-            sentence = f"{error}: pip install {error.name}"
-        elif isinstance(error, (UserError, OSError)):
-            sentence = str(error)
-        else:
+            sentence += f": pip install {error.name}"
+        elif not isinstance(error, (UserError, OSError)):
             raise
         errors.print(Text("Error:", "bold red"), sentence, soft_wrap=True)
         raise SystemExit(1) from None
