@@ -53,6 +53,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import urllib.request
 import warnings
@@ -62,7 +63,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
+from itertools import cycle, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import fmean
@@ -1884,22 +1885,18 @@ def show_step(row: dict, note: str = "") -> None:
     console.print(line, style="red" if row["skipped"] else None, soft_wrap=True)
 
 
+def mean_step(rows: list[dict]) -> dict:
+    """The row of a step as they were on average, with the highest peak of memory."""
+    row = {key: fmean(row[key] for row in rows) for key in rows[0] if key != "validation"}
+    return row | {"step": "", "skipped": 0, "peak_memory": max(r["peak_memory"] for r in rows)}
+
+
 def completion_note(problem: Problem, text: str, reward: float) -> str:
     """A sample with its question, reference and reward."""
     text = text.replace("\n", "↵")
     return (
         f"\nquestion    {problem.question:.700}\ncompletion  {text:.700}\n"
         f"reference   {problem.answer}\nreward      {reward:g}\n"
-    )
-
-
-def training_summary(rows: list[dict]) -> str:
-    keys = "tokens_generated", "tokens_trained", "rollout_s", "update_s"
-    generated, trained, rollout, update = (sum(row[key] for row in rows) for key in keys)
-    return (
-        f"{len(rows)} steps in {(rollout + update) / 60:.1f} min, of which updates {update:.1f} s\n"
-        f"{trained:,} of {generated:,} sampled tokens trained ({trained / generated:.1%})\n"
-        f"peak memory {max(row['peak_memory'] for row in rows) / 2**30:.2f} GiB"
     )
 
 
@@ -1932,7 +1929,8 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
     for name in ["", *results]:
         table.add_column(name, justify="right" if name else "left", overflow="fold")
     policies, add = [*results.values()], table.add_row
-    before, *after = rights = [[r["correct"] for r in records] for records in policies]
+    rights = [[r["correct"] for r in records] for records in policies]
+    before, *after = rights
     add("accuracy (greedy)", *(f"{fmean(own):.1%}  ({sum(own)}/{len(own)})" for own in rights))
     intervals = [wilson(sum(own), len(own)) for own in rights]
     add("95 % interval", *(f"{low:.1%} to {high:.1%}" for low, high in intervals))
@@ -1942,7 +1940,7 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
         add("p (exact McNemar)", "", *(f"{mcnemar(before, own):.2g}" for own in after))
     if count := policies[0][0]["samples"]:
         for k in [2**i for i in range(8) if 2**i < count] + [count]:
-            chances = ([pass_at_k(count, r["samples_correct"], k) for r in p] for p in policies)
+            chances = [[pass_at_k(count, r["samples_correct"], k) for r in p] for p in policies]
             add(f"pass@{k}", *(f"{fmean(own):.1%}" for own in chances))
     for key, form in MEANS.items():
         values = [[r.get(key) for r in records] for records in policies]
@@ -2117,10 +2115,10 @@ def read_json(path: Path) -> dict:
 def run_settings(run: Path) -> dict:
     """The settings in a run's config.json, checked; of an adapter from elsewhere its model."""
     ours, theirs = run / "config.json", run / "adapter_config.json"
-    if ours.exists():
-        saved = read_json(ours).get("settings")
-    else:
+    if theirs.exists() and not ours.exists():
         saved = {"model": str(read_json(theirs).get("base_model_name_or_path"))}
+    else:
+        saved = read_json(ours).get("settings")
     refuse(not isinstance(saved, dict), f"{run} holds no adapter: {ours} has no settings.")
     saved = {"model": "auto", "data_dir": DATA} | saved
     saved["data_dir"] = Path(str(saved["data_dir"]))
@@ -2184,7 +2182,7 @@ def train_command(
     longest = max(len(policy.prompt_ids(p.question)) for p in task.train + task.test)
     check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
     if dry:
-        return show_dry_run(policy, task.train, settings)
+        return dry_run(policy, task.train, settings)
     rank, name = rank_and_world()[0], name or f"{settings.task}-{method_name(settings.method)}"
     run = gather([None if rank else open_run(settings, task, name, resume)])[0]
     try:
@@ -2244,7 +2242,7 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     if test_set:
         console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
     if rows:
-        console.print(training_summary(rows))
+        show_step(mean_step(rows), "The mean step:")
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
     again = to_paste(["eval", settings.task, "--adapter", run], settings, CODE[:2])
@@ -2302,23 +2300,18 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -
     return records
 
 
-def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
-    """One step at its largest: the longest prompts, no completion ends, every group has signal."""
-    device, count = base_of(policy.model).device, settings.prompts_per_step + settings.replay
-    problems = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
-    policy.ends = set()
-    peak_memory(device, reset=True)
-    rollouts = roll_out(policy, (problems * count)[-count:], settings, settings.seed)
-    peak = peak_memory(device, reset=True) / 2**30
-    for rollout in rollouts:
-        rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
-    credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
-    sums, _ = update(policy, credited, count, new_optimizer(policy.model), settings)
-    generated = sum(len(c) for rollout in rollouts for c in rollout.completions)
-    console.print(
-        f"peak memory, rollout {peak:.2f} GiB, update {peak_memory(device) / 2**30:.2f} GiB\n"
-        f"tokens generated {generated:,}, trained {sums['tokens_trained']:,}"
+def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
+    """A step at its largest: the longest prompts, no completion ends, every group has signal."""
+    count = settings.prompts_per_step + settings.replay
+    longest = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
+    settings, turns = (
+        replace(settings, steps=1, prompts_per_step=count, replay=0),
+        cycle([0.0, 1.0]),
     )
+    policy.ends, policy.reward = set(), lambda problem, completion: next(turns)
+    with tempfile.TemporaryDirectory() as folder:
+        for row, _ in train(policy, longest[-count:], [], settings, Path(folder), []):
+            show_step(row, "The largest step:")
 
 
 @app.command("eval")

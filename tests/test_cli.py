@@ -207,16 +207,34 @@ def test_runs_never_overwrite_each_other(cli):
     assert rows[0] == rows[1]
 
 
-def test_dry_run(cli):
+def test_dry_run(cli, monkeypatch):
+    """The largest step: none ends early, all groups have signal, and nothing is left behind."""
+    seen, plain = [], tokenrl.show_step
+    watched = lambda row, note: seen.append(row) or plain(row, note)
+    monkeypatch.setattr(tokenrl, "show_step", watched)
     code, text = cli("train", "svamp", *FAST, "--dry-run", "--method", "grpo")
-    assert code == 0 and re.search(r"peak memory, rollout \S+ GiB, update \S+ GiB", text)
-    assert "tokens generated 192" in text  # 2 x 4 x 24: none ends early
-    assert not Path("runs").exists()
+    assert code == 0 and "The largest step" in text and "memory" in text
     few = small_task(train=3, test=3)
-    text = cli("train", *few, *FAST, "--prompts-per-step", 8, "--dry-run")[1]
-    assert "tokens generated 768" in text  # 8 x 4 x 24: problems come again, as in training
-    text = cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")[1]
-    assert "tokens generated 288" in text
+    cli("train", *few, *FAST, "--prompts-per-step", 8, "--dry-run")  # problems come again
+    cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")
+    assert [row["tokens_generated"] for row in seen] == [192, 768, 288]  # 2 x 4 x 24, ...
+    assert all(row["signal"] == 1 and row["length"] == 24 for row in seen)
+    assert not Path("runs").exists()
+
+
+def test_the_dry_run_asks_the_longest_prompts(cli, monkeypatch):
+    asked, plain = [], tokenrl.roll_out
+
+    def watched(policy, problems, *rest):
+        asked.extend(len(policy.prompt_ids(problem.question)) for problem in problems)
+        return plain(policy, problems, *rest)
+
+    monkeypatch.setattr(tokenrl, "roll_out", watched)
+    few = small_task(train=14, test=4)
+    assert cli("train", *few, *FAST, "--dry-run")[0] == 0
+    policy, task = tokenrl.find_policy(tokenrl.Settings("few", model="demo", data_dir=Path("d")))
+    lengths = sorted(len(policy.prompt_ids(problem.question)) for problem in task.train)
+    assert sorted(asked) == lengths[-2:]
 
 
 def test_no_test_problems_are_none(cli):
@@ -229,7 +247,7 @@ def test_no_test_problems_are_none(cli):
 
 def test_a_run_that_trained_nothing_says_so(cli):
     code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", 2)
-    assert code == 0 and re.search(r"\b0 of \d+ sampled tokens trained \(0.0%\)", text)
+    assert code == 0 and re.search(r"The mean step.* 0\.0% +\S+ +\S+ Adapter", text)
 
 
 def test_a_sample_is_shown_with_its_question_reference_and_reward(cli):
@@ -398,9 +416,7 @@ def test_training_goes_on_from_an_adapter(cli):
     few = small_task("other")  # another task
     code, text = cli("train", *few, *FAST, "--steps", "1", "--adapter", first)
     assert code == 0 and Path("runs/other-s-grpo").is_dir() and "start" in text
-    assert refused(
-        cli("train", "svamp", *FAST, "--adapter", "nowhere"), "nowhere/adapter_config.json"
-    )
+    assert refused(cli("train", "svamp", *FAST, "--adapter", "nowhere"), "nowhere/config.json")
     assert not Path("runs/svamp-s-grpo").exists()
 
 
@@ -608,9 +624,9 @@ def test_out_of_memory(cli, monkeypatch, message):
         ("train svamp --lora-targets embed_tokens", ["'embed_tokens'"]),
         ("train svamp --lora-targets lm_head", ["'lm_head'"]),
         ("train svamp --lora-targets q_proj,w_proj", ["'w_proj'"]),
-        ("eval svamp --adapter nowhere", ["nowhere/adapter_config.json"]),
-        ("inspect svamp --adapter nowhere", ["nowhere/adapter_config.json"]),
-        ("merge nowhere out", ["nowhere/adapter_config.json"]),
+        ("eval svamp --adapter nowhere", ["nowhere/config.json"]),
+        ("inspect svamp --adapter nowhere", ["nowhere/config.json"]),
+        ("merge nowhere out", ["nowhere/config.json"]),
         ("train svamp --resume nowhere", ["nowhere"]),
         ("train svamp --dtype int3", ["int3"]),
         ("eval svamp --dtype tensor", ["tensor"]),

@@ -123,11 +123,15 @@ def test_long_completions_are_cut(screen, text):
     assert len(console.text().splitlines()) <= 15
 
 
-def test_training_summary():
-    rows = [metrics(1), metrics(2, peak_memory=3 * GIB, rollout_s=57.5)]
-    text = tokenrl.training_summary(rows)
-    for part in ("2 steps", "1.0 min", "1.0 s", "600 of 4,000", "15.0%", "3.00 GiB"):
-        assert part in text
+def test_the_mean_step(screen):
+    rows = [metrics(1), metrics(2, peak_memory=3 * GIB, rollout_s=57.5, validation=0.5)]
+    rows[1] |= {"tokens_trained": 100, "tokens_generated": 3000, "reward": 1.0}
+    console = screen()
+    tokenrl.show_step(tokenrl.mean_step(rows), "note")
+    _, head, row = filter(str.strip, console.text().splitlines())
+    shown = dict(zip(head.split()[1:], row.split()))
+    assert shown["trained"] == "8.0%" and shown["seconds"] == "30.00" and shown["memory"] == "3.00"
+    assert shown["reward"] == "0.750" and "validation" not in shown
 
 
 # ---- statistics ----------------------------------------------------------------------------------
