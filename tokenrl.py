@@ -1900,8 +1900,8 @@ def completion_note(problem: Problem, text: str, reward: float) -> str:
     )
 
 
-def accuracy(records: list[dict]) -> float:
-    return fmean(record["correct"] for record in records)
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor infinite
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -1944,12 +1944,12 @@ def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
             add(f"pass@{k}", *(f"{fmean(own):.1%}" for own in chances))
     for key, form in MEANS.items():
         values = [[r.get(key) for r in records] for records in policies]
-        if None not in sum(values, []):
+        if all(map(is_number, sum(values, []))):
             add(key, *(f"{fmean(own):{form}}" for own in values))
     kinds = sorted({r["type"] for r in policies[0]})
     for kind in kinds if 1 < len(kinds) <= 20 else []:
-        own = [[r for r in records if r["type"] == kind] for records in policies]
-        add(f"{kind or 'no type'} ({len(own[0])})", *(f"{accuracy(o):.1%}" for o in own))
+        rights = [[r["correct"] for r in p if r["type"] == kind] for p in policies]
+        add(f"{kind or 'no type'} ({len(rights[0])})", *(f"{fmean(own):.1%}" for own in rights))
     return table
 
 
@@ -2001,10 +2001,6 @@ def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int
     return text
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor infinite
-
-
 def curve_of(rows: list[dict], what: str) -> dict[int, float]:
     """{step: value} of a column of metrics.jsonl, as at most 30 means of neighbours."""
     known = [(i, row[what]) for i, row in enumerate(rows, 1) if is_number(row.get(what))]
@@ -2029,8 +2025,6 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
-PROBLEM = ["question", "answer", "type"]  # of a record of an evaluation
-NUMBERS = ["correct", "length", "truncated", "samples", "samples_correct"]
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
 MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
@@ -2060,11 +2054,11 @@ def asks(command: Callable) -> Callable:
             take_over(settings, given, folder[0] if name == "eval" else folder, name)
         command(settings, **values)
 
-    first, own = (list(inspect.signature(f).parameters.values()) for f in (run, command))
+    first, last = (list(inspect.signature(f).parameters.values()) for f in (run, command))
     for item in shared:
         kind = Annotated[item.type, item.metadata["info"]]
         first.insert(-1, kinds[item.name].replace(annotation=kind))
-    run.__signature__, run.__doc__ = inspect.Signature(first[:-1] + own[1:]), command.__doc__
+    run.__signature__, run.__doc__ = inspect.Signature(first[:-1] + last[1:]), command.__doc__
     return run
 
 
@@ -2072,14 +2066,13 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
     """Load what the settings ask for; `auto` there gives way to the name of a model."""
     svamp, device = settings.task == "svamp", pick_device(settings.device)
     if settings.model == "auto":
+        real = device.startswith("cuda") and (settings.data_dir / "svamp").is_dir()
         settings.model = DEFAULT_MODEL
-        if svamp and not (device.startswith("cuda") and (settings.data_dir / "svamp").is_dir()):
+        if svamp and not real and (DATA / "demo").is_dir():
             settings.model = "demo"
             console.print("Without a CUDA GPU and `prep svamp` this is the bundled demo.")
             console.print(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
     name, bundled = settings.model, is_bundled(settings.model)
-    lacking = bundled and not (DATA / "demo").is_dir()
-    refuse(lacking, f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
     # The bundled model has never seen the words of the real SVAMP.
     place = ("demo", DATA) if svamp and bundled else (settings.task, settings.data_dir)
     task = load_task(*place, numeric=settings.reward == "number")
@@ -2243,6 +2236,10 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
         console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
     if rows:
         show_step(mean_step(rows), "The mean step:")
+        if not any(row["tokens_trained"] for row in rows):
+            console.print(
+                "Nothing was trained: no rewards differed. See --reward, --max-new-tokens."
+            )
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
     again = to_paste(["eval", settings.task, "--adapter", run], settings, CODE[:2])
@@ -2288,8 +2285,10 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -
     path, samples = run / "eval.jsonl", settings.eval_samples
     old = [row for _, row in read_rows(path)] if path.exists() else []
     done = [row for row in old if row.get("phase") == phase]
-    whole = all(is_number(row.get(key)) for row in done for key in NUMBERS)
-    if whole and [Problem(*map(row.get, PROBLEM)) for row in done] == problems:
+    asked = [Problem(*(row.get(part.name) for part in fields(Problem))) for row in done]
+    whole = all(row.get("correct") in (0, 1) and row.get("samples") == samples for row in done)
+    whole &= all(row.get("samples_correct") in range(samples + 1) for row in done)
+    if whole and asked == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
     with bare, progress("evaluating", len(problems) * (1 + samples)) as tick:
@@ -2348,7 +2347,7 @@ def eval_command(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
-    reached = accuracy(results[label])
+    reached = fmean(record["correct"] for record in results[label])
     low = f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}."
     refuse(not reached >= min_accuracy, low)  # NaN fails too
 
