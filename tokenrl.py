@@ -2041,7 +2041,7 @@ own = partial(typer.Option, rich_help_panel="This command")  # an option of one 
 
 def asks(command: Callable) -> Callable:
     """`command(settings, its own options)` for typer, with the options of Settings that name it."""
-    name, kinds = command.__name__.removesuffix("_command"), inspect.signature(Settings).parameters
+    name = command.__name__.removesuffix("_command")
     shared = [item for item in fields(Settings) if name in item.metadata.get("on", ())]
     tasks = typer.Argument(help="svamp, multiply, or a task that prep made.")
 
@@ -2054,11 +2054,13 @@ def asks(command: Callable) -> Callable:
             take_over(settings, given, folder[0] if name == "eval" else folder, name)
         command(settings, **values)
 
-    first, last = (list(inspect.signature(f).parameters.values()) for f in (run, command))
+    first, last, every = (dict(inspect.signature(f).parameters) for f in (run, command, Settings))
+    del first["values"], last["settings"]
     for item in shared:
         kind = Annotated[item.type, item.metadata["info"]]
-        first.insert(-1, kinds[item.name].replace(annotation=kind))
-    run.__signature__, run.__doc__ = inspect.Signature(first[:-1] + last[1:]), command.__doc__
+        first[item.name] = every[item.name].replace(annotation=kind)
+    run.__signature__ = inspect.Signature((first | last).values())
+    run.__doc__ = command.__doc__
     return run
 
 
@@ -2237,9 +2239,7 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     if rows:
         show_step(mean_step(rows), "The mean step:")
         if not any(row["tokens_trained"] for row in rows):
-            console.print(
-                "Nothing was trained: no rewards differed. See --reward, --max-new-tokens."
-            )
+            console.print("Nothing was trained: no rewards differed; see --reward.")
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
     again = to_paste(["eval", settings.task, "--adapter", run], settings, CODE[:2])
@@ -2303,10 +2303,8 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
     """A step at its largest: the longest prompts, no completion ends, every group has signal."""
     count = settings.prompts_per_step + settings.replay
     longest = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
-    settings, turns = (
-        replace(settings, steps=1, prompts_per_step=count, replay=0),
-        cycle([0.0, 1.0]),
-    )
+    settings = replace(settings, steps=1, prompts_per_step=count, replay=0)
+    turns = cycle([0.0, 1.0])
     policy.ends, policy.reward = set(), lambda problem, completion: next(turns)
     with tempfile.TemporaryDirectory() as folder:
         for row, _ in train(policy, longest[-count:], [], settings, Path(folder), []):
