@@ -886,8 +886,8 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
 
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
     """The model, which the user calls `given`, with the adapter of a run's folder."""
-    made_for, path = run_settings(folder).get("model"), folder / "adapter_model.safetensors"
-    other = Path(str(made_for)).name != Path(given).name
+    made_for, path = run_settings(folder)["model"], folder / "adapter_model.safetensors"
+    other = Path(made_for).name != Path(given).name
     refuse(other, f"{folder} was made for {made_for}, not for {given}; give its --model.")
     for file in (path, folder / "adapter_config.json"):  # peft would ask the hub for them
         refuse(not file.is_file(), f"{folder} holds no adapter (no {file.name}).")
