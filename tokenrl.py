@@ -31,7 +31,6 @@ packed forward -> loss -> step.
 import contextlib
 import csv
 import ctypes
-import errno
 import hashlib
 import http.client
 import importlib
@@ -47,6 +46,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import urllib.request
 import warnings
@@ -56,7 +56,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
+from itertools import cycle, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import fmean
@@ -66,7 +66,7 @@ from unicodedata import normalize
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 __version__ = "2.0.0"
@@ -869,10 +869,11 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
 
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
     """The model, which the user calls `given`, with the adapter of a run's folder."""
-    made_for, path = adapter_settings(folder)["model"], folder / "adapter_model.safetensors"
+    made_for, path = run_settings(folder)["model"], folder / "adapter_model.safetensors"
     other = Path(made_for).name != Path(given).name
     refuse(other, f"{folder} was made for {made_for}, not for {given}; give its --model.")
-    refuse(not path.is_file(), f"{folder} holds no adapter (no {path.name}).")  # peft asks the hub
+    for file in (path, folder / "adapter_config.json"):  # peft would ask the hub for them
+        refuse(not file.is_file(), f"{folder} holds no adapter (no {file.name}).")
     options = {"adapter_name": name, "is_trainable": trainable}
     options["torch_device"] = str(base_of(model).device)
     try:
@@ -1809,83 +1810,51 @@ def validate(policy, held_out, settings) -> float:
 
 # ---- 10. Views: what is known, as tables and text -----------------------------------------------
 
-
-def gigabytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size else "-"
-
-
-LIVE = {  # columns of the live table, and how their values are written
-    "reward": "{:.3f}",
-    "signal": "{:.0%}",
-    "entropy": "{:.3f}",
-    "kl": "{:.4f}",
-    "length": "{:.0f}",
-    "trained": "{:.1%}",
-    "seconds": "{:.2f}",
-    "memory": "{:.2f}G",
-    "validation": "{:.1%}",
-}
-
-
-def memory_name(device) -> str:
-    return "VRAM" if torch.device(device).type == "cuda" else "memory"
+TITLES = "step reward signal entropy     kl length trained seconds memory validation"
+LINE = "{mark:>4} {reward:6.3f} {signal:6.0%} {entropy:7.3f} {kl:6.4f} {length:6.0f} "
+LINE += "{trained:7.1%} {seconds:7.2f} {memory:6.2f}"
+MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
 
 
 @contextlib.contextmanager
-def live_table(steps: int, memory: str):
-    """Yields show(row of metrics, note), which prints a line; a note is followed by the titles."""
-    widths = {name: max(len(name), 6) for name in LIVE}
-    heads = [(memory if name == "memory" else name).rjust(widths[name]) for name in LIVE]
-    titles = Text(" ".join(["step", *heads]), "bold")
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=steps)
+def progress(label: str, total: int):
+    """Yields tick(count), which moves a bar where there is a terminal."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield partial(bar.advance, task)
 
-        def show(row: dict, note: str = "") -> None:
-            values = row | {"seconds": row["rollout_s"] + row["update_s"]}
-            values["trained"] = row["tokens_trained"] / max(1, row["tokens_generated"])
-            values["memory"] = row["peak_memory"] / 2**30
-            line = f"{'!' * row['skipped']}{row['step']}".rjust(4)
-            for name, form in LIVE.items():
-                line += " " + (form.format(values[name]) if name in values else "").rjust(
-                    widths[name]
-                )
-            console.print(Text(line, "red" if row["skipped"] else ""), soft_wrap=True)
-            bar.update(task, completed=row["step"])
-            if note:
-                console.print(note + "\n")
-                console.print(titles, soft_wrap=True)
 
-        console.print(titles, soft_wrap=True)
-        yield show
+def show_step(row: dict, note: str = "") -> None:
+    """A line of the live table; where there is a note, it and the titles stand above."""
+    if note:
+        console.print(note)
+        console.print(TITLES, style="bold", soft_wrap=True)
+    share = row["tokens_trained"] / max(1, row["tokens_generated"])
+    more = {"mark": "!" * row["skipped"] + str(row["step"]), "trained": share}
+    more |= {"seconds": row["rollout_s"] + row["update_s"], "memory": row["peak_memory"] / 2**30}
+    line = LINE.format(**row, **more)
+    if "validation" in row:
+        line += f" {row['validation']:10.1%}"
+    console.print(line, style="red" if row["skipped"] else None, soft_wrap=True)
+
+
+def mean_step(rows: list[dict]) -> dict:
+    """The row of a step as they were on average, with the highest peak of memory."""
+    row = {key: fmean(row[key] for row in rows) for key in rows[0] if key != "validation"}
+    return row | {"step": "", "skipped": 0, "peak_memory": max(r["peak_memory"] for r in rows)}
 
 
 def completion_note(problem: Problem, text: str, reward: float) -> str:
-    """A sample with its question, reference and reward; long texts are cut."""
-    start = "\n".join(text.splitlines()[:10])[:600]
-    more = "…" * (len(start) < len(text.rstrip()))
+    """A sample with its question, reference and reward."""
+    text = text.replace("\n", "↵")
     return (
-        f"\nquestion    {problem.question[:600]}\ncompletion  {start}{more}\n"
-        f"reference   {problem.answer}\nreward      {reward:g}"
+        f"\nquestion    {problem.question:.700}\ncompletion  {text:.700}\n"
+        f"reference   {problem.answer}\nreward      {reward:g}\n"
     )
 
 
-def training_summary(rows: list[dict], memory: str) -> str:
-    generated, trained, rollout, seconds = (
-        sum(row[key] for row in rows)
-        for key in ("tokens_generated", "tokens_trained", "rollout_s", "update_s")
-    )
-    rollout, seconds = rollout / len(rows), seconds / len(rows)
-    minutes, peak = (rollout + seconds) * len(rows) / 60, max(row["peak_memory"] for row in rows)
-    return (
-        f"{len(rows)} steps in {minutes:.1f} min (a step: rollout {rollout:.2f} s, update "
-        f"{seconds:.2f} s)\n{generated:,} tokens generated, {trained:,} trained "
-        f"({trained / max(1, generated):.1%}), "
-        f"peak {memory} {gigabytes(peak)}"
-    )
-
-
-def accuracy(records: list[dict]) -> float:
-    return fmean(record["correct"] for record in records)
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor infinite
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -1907,40 +1876,33 @@ def pass_at_k(total: int, right: int, k: int) -> float:
     return 1 - math.comb(total - right, k) / math.comb(total, k)
 
 
-MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
-
-
 def comparison_table(results: dict[str, list[dict]], title: str) -> Table:
-    """A column per policy, compared with the first; long names stand in the title."""
-    names, columns, first = [*results], [], next(iter(results.values()))
-    before, kinds = [r["correct"] for r in first], sorted({r["type"] for r in first})
-    for records in results.values():
-        right = [r["correct"] for r in records]
-        low, high = wilson(sum(right), len(right))
-        column = {"accuracy (greedy)": f"{fmean(right):.1%}  ({sum(right)}/{len(right)})"}
-        column["95 % interval"] = f"{low:.1%} to {high:.1%}"
-        if columns:
-            column["difference, paired"] = f"{100 * (fmean(right) - fmean(before)):+.1f} points"
-            column["p (exact McNemar)"] = f"{mcnemar(before, right):.2g}"
-        if count := records[0]["samples"]:
-            sampled = [r["samples_correct"] for r in records]
-            column["accuracy (sampled)"] = f"{fmean(sampled) / count:.1%}"
-            for k in sorted({2**i for i in range(1, 8) if 2**i < count} | {count}):
-                column[f"pass@{k}"] = f"{fmean(pass_at_k(count, c, k) for c in sampled):.1%}"
-        for key, form in MEANS.items():
-            if key in records[0]:
-                column[key] = f"{fmean(r[key] for r in records):{form}}"
-        for kind in kinds if 1 < len(kinds) <= 20 else []:
-            if own := [r["correct"] for r in records if r["type"] == kind]:
-                column[f"{kind or 'no type'} ({len(own)})"] = f"{fmean(own):.1%}"
-        columns.append(column)
-    if len(names) > 2 and len("".join(names)) > 24:  # they would not stand side by side
-        title += "".join(f"\n({i}) {name}" for i, name in enumerate(names) if i)
-        names[1:] = [f"({i})" for i in range(1, len(names))]
-    heads = [Column(name, justify="right") for name in names]
-    table = Table("", *heads, title=title, title_justify="left")
-    for label in columns[-1]:
-        table.add_row(label, *(column.get(label, "") for column in columns))
+    """A column per policy, compared with the first."""
+    table = Table(title=title, title_justify="left")
+    for name in ["", *results]:
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    policies, add = [*results.values()], table.add_row
+    rights = [[r["correct"] for r in records] for records in policies]
+    before, *after = rights
+    add("accuracy (greedy)", *(f"{fmean(own):.1%}  ({sum(own)}/{len(own)})" for own in rights))
+    intervals = [wilson(sum(own), len(own)) for own in rights]
+    add("95 % interval", *(f"{low:.1%} to {high:.1%}" for low, high in intervals))
+    if after:
+        gains = [100 * (fmean(own) - fmean(before)) for own in after]
+        add("difference, paired", "", *(f"{gain:+.1f} points" for gain in gains))
+        add("p (exact McNemar)", "", *(f"{mcnemar(before, own):.2g}" for own in after))
+    if count := policies[0][0]["samples"]:
+        for k in [2**i for i in range(8) if 2**i < count] + [count]:
+            chances = [[pass_at_k(count, r["samples_correct"], k) for r in p] for p in policies]
+            add(f"pass@{k}", *(f"{fmean(own):.1%}" for own in chances))
+    for key, form in MEANS.items():
+        values = [[r.get(key) for r in records] for records in policies]
+        if all(map(is_number, sum(values, []))):
+            add(key, *(f"{fmean(own):{form}}" for own in values))
+    kinds = sorted({r["type"] for r in policies[0]})
+    for kind in kinds if 1 < len(kinds) <= 20 else []:
+        rights = [[r["correct"] for r in p if r["type"] == kind] for p in policies]
+        add(f"{kind or 'no type'} ({len(rights[0])})", *(f"{fmean(own):.1%}" for own in rights))
     return table
 
 
@@ -1959,28 +1921,22 @@ def changes(results: dict[str, list[dict]], most: int) -> Iterator:
                 yield table
 
 
-def show_group(decode: Callable, rollout: Rollout, finished: list[bool], methods: dict) -> Iterator:
+def show_group(policy: Policy, rollout: Rollout, methods: dict) -> Iterator:
     """What `inspect` shows of a group, given {method: (its rule, its {node: weight})}."""
-    trie, rewards = Trie(rollout.completions), rollout.rewards
+    trie = Trie(rollout.completions)
     yield f"Problem: {rollout.problem.question}\nAnswer: {rollout.problem.answer}"
-    yield (
-        f"{sum(map(len, trie.paths))} tokens are {len(trie.tokens)} nodes (a node: one token after "
-        "one exact beginning).\nTrained: [+more likely], [-less likely], up to +++."
-    )
+    tokens, nodes = sum(map(len, trie.paths)), len(trie.tokens)
+    yield f"{tokens} tokens are {nodes} nodes (a node: one token after one exact beginning)."
+    yield "Trained: [+more likely], [-less likely], up to +++."
     if not rollout.has_signal:
         yield Text("All rewards are equal: no method learns anything from this group.", "yellow")
     for name, (rule, weights) in methods.items():
-        yield f"\n{name}: {rule}. {len(weights)} of {len(trie.tokens)} nodes are trained."
-        rows = zip(trie.paths, rewards, finished)
-        for number, (path, reward, ended) in enumerate(rows, 1):
-            text, mark = credit_text(decode, trie, path, weights), "" if ended else " (cut off)"
+        yield f"\n{name}: {rule} {len(weights)} of {nodes} nodes are trained."
+        rows = zip(trie.paths, rollout.completions, rollout.rewards)
+        for number, (path, completion, reward) in enumerate(rows, 1):
+            text = credit_text(policy.tokenizer.decode, trie, path, weights)
+            mark = "" if policy.finished(completion) else " (cut off)"
             yield Text.assemble(f"{number:2} reward {reward:g}  ", text, mark)
-    through = rewards_through(trie, rewards)
-    parts = [n for n, parent in enumerate(trie.parents) if len(through[n]) < len(through[parent])]
-    yield "\nbranch points (completions, mean reward, next token)"
-    for n in sorted(parts, key=lambda n: -len(through[n]))[:12]:
-        count, mean = len(through[n]), fmean(through[n])
-        yield f"{count:4} {mean:6.2f}  token {trie.depths[n] + 1}: {decode([trie.tokens[n]])!r}"
 
 
 def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int, float]) -> Text:
@@ -2000,7 +1956,7 @@ def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int
 
 def curve_of(rows: list[dict], what: str) -> dict[int, float]:
     """{step: value} of a column of metrics.jsonl, as at most 30 means of neighbours."""
-    known = [(i, r[what]) for i, r in enumerate(rows, 1) if math.isfinite(r.get(what, math.nan))]
+    known = [(i, row[what]) for i, row in enumerate(rows, 1) if is_number(row.get(what))]
     size = len(known) // 30 + 1
     chunks = [known[i : i + size] for i in range(0, len(known), size)]
     return {chunk[-1][0]: fmean(y for _, y in chunk) for chunk in chunks}
@@ -2018,51 +1974,26 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
     return table
 
 
-def save_picture(curves: dict[str, dict], what: str, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("For a picture: pip install matplotlib") from None
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for run, curve in curves.items():
-        axes.plot(*zip(*curve.items()), label=run)
-    axes.set(xlabel="step", ylabel=what)
-    axes.legend()
-    figure.savefig(path)
-
-
 # ---- 11. Commands -------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
-ASKED = ["model", "prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
+MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False):
+    if version:
         console.print(f"tokenrl {__version__}")
-        raise typer.Exit()
+        raise SystemExit
 
 
-VERSION = typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
-
-
-@app.callback()
-def about(version: Annotated[bool, VERSION] = False):
-    pass
-
-
-def own(help: str, default: str | bool = True, *names: str, **limits):
-    """An option of one command alone."""
-    limits |= {"show_default": default, "rich_help_panel": "This command"}
-    return typer.Option(*names, help=help, **limits)
+own = partial(typer.Option, rich_help_panel="This command")  # an option of one command alone
 
 
 def asks(command: Callable) -> Callable:
-    """`command(settings, given, its own options)` for typer, with the options of Settings that name
-    it. `given` are those on this command line."""
+    """`command(settings, its own options)` for typer, with the options of Settings that name it."""
     name = command.__name__.removesuffix("_command")
     shared = [item for item in fields(Settings) if name in item.metadata.get("on", ())]
     tasks = typer.Argument(help="svamp, multiply, or a task that prep made.")
@@ -2072,69 +2003,49 @@ def asks(command: Callable) -> Callable:
         check_settings(settings)
         sources = {item.name: context.get_parameter_source(item.name) for item in shared}
         given = {key for key, source in sources.items() if source.name == "COMMANDLINE"}
-        command(settings, given, **values)
+        if folder := values.get("resume") or values.get("adapter"):
+            take_over(settings, given, folder[0] if name == "eval" else folder, name)
+        command(settings, **values)
 
-    parameters = list(inspect.signature(run).parameters.values())[:2]
+    first, last, every = (dict(inspect.signature(f).parameters) for f in (run, command, Settings))
+    del first["values"], last["settings"]
     for item in shared:
         kind = Annotated[item.type, item.metadata["info"]]
-        plain = inspect.signature(Settings).parameters[item.name]
-        parameters.append(plain.replace(annotation=kind))
-    parameters += list(inspect.signature(command).parameters.values())[2:]
-    run.__signature__, run.__doc__ = inspect.Signature(parameters), command.__doc__
+        first[item.name] = every[item.name].replace(annotation=kind)
+    run.__signature__ = inspect.Signature((first | last).values())
+    run.__doc__ = command.__doc__
     return run
 
 
-def warn(text: str) -> None:
-    console.print(text, style="yellow")
-
-
 def find_policy(settings: Settings) -> tuple[Policy, Task]:
-    """Load what the settings ask for. A model that the user named is never replaced."""
-    svamp, reason = settings.task == "svamp", "There is no CUDA GPU in use."
-    if settings.model != "auto":
-        return load_policy(settings, settings.model)
-    if not svamp or pick_device(settings.device).startswith("cuda"):
-        try:
-            return load_policy(settings, DEFAULT_MODEL)
-        except Unreachable as error:
-            if not svamp:
-                raise UserError(f"{error} (To only try the commands: --model demo.)") from None
-            reason = str(error)
-    warn(f"{reason} So this is the bundled demo, a model of 1.1 M parameters.")
-    warn(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
-    return load_policy(settings, "demo")
-
-
-def load_policy(settings: Settings, name: str) -> tuple[Policy, Task]:
-    """What find_policy returns, with this model, whose name is put into the settings."""
-    settings.model, bundled, folder = name, is_bundled(name), settings.data_dir
-    if bundled and not (DATA / "demo").is_dir():
-        raise UserError(f"There is no {DATA / 'demo'}: copy that folder too, or name a --model.")
-    demo = settings.task == "svamp" and bundled  # it has never seen the words of the real SVAMP
-    device = pick_device(settings.device)  # which also tells how many processes there are
-    with processes().main_process_first():
-        if settings.task == "svamp" and not demo and not (folder / "svamp").is_dir():
-            console.print("Preparing SVAMP first, as prep svamp does ...")
-            write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, folder)
-    place = ("demo", DATA) if demo else (settings.task, folder)
+    """Load what the settings ask for; `auto` there gives way to the name of a model."""
+    svamp, device = settings.task == "svamp", pick_device(settings.device)
+    if settings.model == "auto":
+        real = device.startswith("cuda") and (settings.data_dir / "svamp").is_dir()
+        settings.model = DEFAULT_MODEL
+        if svamp and not real and (DATA / "demo").is_dir():
+            settings.model = "demo"
+            console.print("Without a CUDA GPU and `prep svamp` this is the bundled demo.")
+            console.print(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
+    name, bundled = settings.model, is_bundled(settings.model)
+    # The bundled model has never seen the words of the real SVAMP.
+    place = ("demo", DATA) if svamp and bundled else (settings.task, settings.data_dir)
     task = load_task(*place, numeric=settings.reward == "number")
     score = reward_function(settings.reward, task.decimal)
     metric = reward_function(settings.metric, task.decimal) if settings.metric else None
     if bundled and settings.device == "auto" and device == "mps":
         device = "cpu"  # faster for so small a model
-    if not bundled:
-        console.print(f"Loading {name} ...")
+    console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, device, settings.dtype)
     try:
         check_model(model, tokenizer)
     except UserError:
-        if model.dtype != torch.float16:
+        if model.dtype != torch.float16:  # too few digits for some: float32 then
             raise
-        console.print("float16 is not enough for this model: it is computed in float32.")
         check_model(model.float(), tokenizer)
     form = choose_prompt(settings.prompt, model, tokenizer)
-    if settings.shots and form not in ("chat", "plain"):
-        raise UserError("--shots needs a chat or plain prompt: a template holds its own examples.")
+    idle = settings.shots and form not in ("chat", "plain")
+    refuse(idle, "--shots needs a chat or plain prompt: a template holds its own examples.")
     examples = task.examples[: settings.shots]
     return Policy(model, tokenizer, form, examples, score, metric, settings.stop), task
 
@@ -2149,77 +2060,37 @@ def read_json(path: Path) -> dict:
     raise UserError(f"{path} is not a JSON object.")
 
 
-NUMBERS = (int, float)
-STEP = {"step": int, "reward": NUMBERS, "tokens_trained": NUMBERS, "tokens_generated": NUMBERS}
-STEP |= {"rollout_s": NUMBERS, "update_s": NUMBERS, "peak_memory": NUMBERS}
-ANSWER = dict.fromkeys(["phase", "question", "answer", "type", "completion"], str)
-ANSWER |= dict.fromkeys(["correct", "length", "truncated", "samples", "samples_correct"], int)
-
-
-def run_rows(path: Path, kinds: dict) -> list[dict]:
-    """The rows of a run's file, if it is there, each with values of these kinds."""
-    rows = read_rows(path) if path.exists() else []
-    for line, row in rows:
-        if lacking := [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]:
-            raise UserError(f"{path} line {line} has no {lacking[0]} that can be read.")
-    return [row for _, row in rows]
-
-
 def run_settings(run: Path) -> dict:
-    """The settings in a run's config.json, checked; empty if there is none."""
-    path = run / "config.json"
-    saved = read_json(path).get("settings") if path.exists() else {}
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} holds no settings.")
+    """The settings in a run's config.json, checked; of an adapter from elsewhere its model."""
+    ours, theirs = run / "config.json", run / "adapter_config.json"
+    if theirs.exists() and not ours.exists():
+        saved = {"model": str(read_json(theirs).get("base_model_name_or_path"))}
+    else:
+        saved = read_json(ours).get("settings")
+    refuse(not isinstance(saved, dict), f"{run} holds no adapter: {ours} has no settings.")
+    saved = {"model": "auto", "data_dir": DATA} | saved
+    saved["data_dir"] = Path(str(saved["data_dir"]))
     known = {item.name: saved[item.name] for item in fields(Settings) if item.name in saved}
-    if "data_dir" in known:
-        known["data_dir"] = Path(str(known["data_dir"]))
     check_settings(Settings(**known))
     return known
 
 
-def adapter_settings(run: Path) -> dict:
-    """What is known of an adapter: its run's settings, at the least its base model."""
-    path = run / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{run} holds no adapter (no {path.name}).")
-    model = read_json(path).get("base_model_name_or_path")
-    return {"model": str(model or "an unnamed model")} | run_settings(run)
-
-
-def refuse_foreign_code(settings: Settings, given: set[str], keys: list[str], run: Path) -> None:
-    """A FILE.py is run only where this command line names it: a run may be a stranger's."""
-    for key in keys:
-        if is_code(value := getattr(settings, key)) and key not in given:
-            again = f"--{key} {shlex.quote(value)}"
-            raise UserError(f"{run} was made with code of its own; if you trust it, add {again}")
-
-
-def ask_as_trained(settings: Settings, given: set[str], run: Path, keys: list[str]) -> None:
-    """Take over those `keys` of a run's settings that are not given on this command line."""
-    for key, value in adapter_settings(run).items():
-        if key in keys and key not in given:
-            setattr(settings, key, value)
-    refuse_foreign_code(settings, given, [key for key in keys if key in CODE], run)
-
-
-def resume_settings(settings: Settings, given: set[str], run: Path) -> Settings:
-    """The run's own settings; this command line may change only what is of the machine."""
-    saved = run_settings(run)
-    if lacking := {item.name for item in fields(Settings)} - saved.keys():
-        lacking = min(lacking)
-        raise UserError(f"{run}/config.json lacks {lacking}; --adapter {run} starts anew from it.")
-    again = Settings(**saved)
-    for key in sorted(given):
-        here, there = getattr(settings, key), saved[key]
-        if key in ("data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"):
-            setattr(again, key, here)
-        elif here != there:
-            raise UserError(f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
-    if settings.task != again.task:
-        raise UserError(f"{run} was trained on {again.task}, not on {settings.task}.")
-    refuse_foreign_code(again, given, CODE, run)
-    return again
+def take_over(settings: Settings, given: set[str], run: Path, command: str) -> None:
+    """Set what this command line leaves open as in the run; to train is to resume it. Code is only
+    run from a FILE.py on this command line, since the run may be a stranger's."""
+    saved, resume = run_settings(run), command == "train"
+    for item in fields(Settings):
+        key, here, there = item.name, getattr(settings, item.name), saved.get(item.name)
+        lacks = f"{run}/config.json lacks {key}; --adapter {run} starts anew from it."
+        refuse(resume and key not in saved, lacks)
+        if key in given or key == "task":
+            changed = resume and key not in MACHINE and here != there
+            refuse(changed, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
+        elif resume or key in saved.keys() - MACHINE and command in item.metadata["on"]:
+            trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
+            foreign = key in CODE and is_code(there)
+            refuse(foreign, f"{run} was made with code of its own; {trust}")
+            setattr(settings, key, there)
 
 
 def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> Path:
@@ -2227,260 +2098,194 @@ def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> 
     rows = [asdict(problem) for problem in task.train + task.test]
     data = hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
     if resume:
-        if read_json(resume / "config.json").get("data") != data:
-            raise UserError(f"The task's data are not those with which {resume} began.")
-        if not (resume / "state.pt").exists():
-            if (resume / "adapter_model.safetensors").exists():
-                raise UserError(f"{resume} has an adapter but no state.pt: it cannot be resumed.")
-            console.print(f"{resume} was ended before its first save: it starts at step 0.")
+        other = read_json(resume / "config.json").get("data") != data
+        refuse(other, f"The task's data are not those with which {resume} began.")
+        lost = (resume / "adapter_model.safetensors").exists() > (resume / "state.pt").exists()
+        refuse(lost, f"{resume} has an adapter but no state.pt: it cannot be resumed.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
         run, number = Path("runs", f"{name}-{number}"), number + 1
     run.mkdir(parents=True)
-    versions = {library._name: library.__version__ for library in (torch, transformers, peft)}
-    config = {"settings": asdict(settings), "data": data, "versions": versions}
-    versions["tokenrl"] = __version__
+    config = {"settings": asdict(settings), "data": data, "version": __version__}
     write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
 
 
-@contextlib.contextmanager
-def locked(run: Path):
-    """One process at a time writes into a run. The system lets go of the lock of one that dies."""
-    try:
-        with filelock.FileLock(run / "run.lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"Another process is training {run}; wait for it, or end it.") from None
-
-
-@app.command("train", epilog="Example: python tokenrl.py train svamp --method t-spmo --steps 50")
+@app.command("train")
 @asks
 def train_command(
     settings: Settings,
-    given: set[str],
-    name: Annotated[str, own("Folder in runs/.", "TASK-METHOD")] = "",
-    resume: Annotated[Path | None, own("Continue the run in this folder.")] = None,
-    dry_run: Annotated[
-        bool, own("Take one large step; tell its memory.", True, "--dry-run")
-    ] = False,
+    name: Annotated[str, own(help="Folder in runs/.", show_default="TASK-METHOD")] = "",
+    resume: Annotated[Path | None, own(help="Continue the run in this folder.")] = None,
+    dry: Annotated[bool, own("--dry-run", help="Take one large step; tell its memory.")] = False,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
-    if resume:
-        settings = resume_settings(settings, given, resume)
     credit_function(settings)  # what is wrong with it is said now
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
     policy, task = find_policy(settings)
-    if not task.train:
-        raise UserError(f"The task {settings.task} has only problems for tests.")
+    refuse(not task.train, f"The task {settings.task} has only problems for tests.")
     torch.manual_seed(settings.seed)
-    policy.model = trainable_model(policy, settings, given)
-    size = min(100, len(task.train) // 7) if settings.validate_every else 0
-    train_set, held_out = task.train[size:], task.train[:size]
-    test_set = task.test[: settings.eval_problems]
-    longest = max(len(policy.prompt_ids(p.question)) for p in task.train + test_set)
-    base, label = base_of(policy.model), method_name(settings.method)
-    check_length(base.config, longest + settings.max_new_tokens)
-    if dry_run:
-        return show_dry_run(policy, train_set, settings)
-    rank, name = rank_and_world()[0], name or f"{settings.task}-{label}"
+    policy.model = trainable_model(policy, settings)
+    longest = max(len(policy.prompt_ids(p.question)) for p in task.train + task.test)
+    check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
+    if dry:
+        return dry_run(policy, task.train, settings)
+    rank, name = rank_and_world()[0], name or f"{settings.task}-{method_name(settings.method)}"
     run = gather([None if rank else open_run(settings, task, name, resume)])[0]
-    with contextlib.nullcontext() if rank else locked(run):
-        trainable, total = policy.model.get_nb_trainable_parameters()
-        form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
-        console.print(
-            f"{label} on {settings.task}: {len(train_set)} problems to train, {len(held_out)} to "
-            f"validate, {len(test_set)} to test\n{base.config.model_type}: {total / 1e6:,.1f} M "
-            f"parameters, {trainable / 1e6:,.2f} M in LoRA, {base.dtype}, {base.device}, {form} "
-            f"prompt\nrun {run}"
-        )
-        try:
-            train_and_compare(policy, train_set, held_out, test_set, settings, run)
-        except UserError:
-            begun = resume or (run / "eval.jsonl").exists() or (run / "state.pt").exists()
-            if rank == 0 and not begun:
-                shutil.rmtree(run, ignore_errors=True)  # a start that failed
-            raise
+    try:
+        with contextlib.nullcontext() if rank else filelock.FileLock(run / "run.lock", timeout=0):
+            train_and_compare(policy, task, settings, run)
+    except filelock.Timeout:
+        raise UserError(f"Another process is training {run}; wait for it, or end it.") from None
+    except UserError:
+        if not (rank or resume or (run / "state.pt").exists()):
+            shutil.rmtree(run, ignore_errors=True)  # a start that failed
+        raise
     processes().wait_for_everyone()
 
 
-def trainable_model(policy: Policy, settings: Settings, given: set[str]):
+def trainable_model(policy: Policy, settings: Settings):
     """The model with a fresh LoRA adapter, or with the one that --adapter starts from."""
-    shape = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
+    keys = "lora_rank", "lora_alpha", "lora_targets", "lora_layers"
+    shape, usual = ([getattr(thing, key) for key in keys] for thing in (settings, Settings))
     if not settings.start_from:
-        return add_lora(policy.model, *(getattr(settings, key) for key in shape))
-    if asked := given.intersection(shape):
-        raise UserError(f"--adapter has its own shape of LoRA: leave out {flag(min(asked))}.")
+        return add_lora(policy.model, *shape)
+    refuse(shape != usual, f"--adapter has its own shape: leave out {', '.join(map(flag, keys))}.")
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
 
-def train_and_compare(policy, train_set, held_out, test_set, settings: Settings, run: Path) -> None:
-    memory, folder = memory_name(base_of(policy.model).device), shlex.quote(run.as_posix())
-    again = f"python tokenrl.py train {settings.task} --resume {folder}{repeated(settings, CODE)}"
-    with catch_signals(again) as stop:
-        asked = partial(evaluate_once, policy, test_set, settings, run, stop)
+def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path) -> None:
+    """Evaluate, train and evaluate again, as far as the run has not done it yet."""
+    size = min(100, len(task.train) // 7) if settings.validate_every else 0
+    held_out, train_set = task.train[:size], task.train[size:]
+    test_set, rows = task.test[: settings.eval_problems], []
+    base, label = base_of(policy.model), method_name(settings.method)
+    form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
+    console.print(
+        f"{label} on {settings.task}: {len(train_set)} problems to train, {size} to validate, "
+        f"{len(test_set)} to test\n{form} prompt, {base.dtype} on {base.device}\nrun {run}"
+    )
+    asked = partial(evaluate_once, policy, test_set, settings, run)
+    with catch_signals(to_paste(["train", settings.task, "--resume", run], settings, CODE)) as stop:
         phases = ["base", "start"] if settings.start_from else ["base"]  # start: as --adapter is
         results = {phase: asked(phase) for phase in phases}
-        if base := results["base"]:
-            console.print(f"before training: {accuracy(base):.1%} of {len(base)} right (greedy)")
-            if (cut := fmean(record["truncated"] for record in base)) > 0.5:
-                limit = f"{settings.max_new_tokens} tokens"
-                warn(f"{cut:.0%} were cut off at {limit} and count as wrong: see --max-new-tokens.")
-        with live_table(settings.steps, memory) as show:
+        if test_set:
+            console.print(comparison_table(results, "before training"))
+        with progress("training", settings.steps) as tick:
             for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
-                text = policy.text(first.completions[0])
-                note = completion_note(first.problem, text, first.rewards[0])
-                show(row, note if row["step"] % 10 == 1 else "")
+                note, text = "", policy.text(first.completions[0])
+                if not rows or row["step"] % 10 == 1:
+                    note = completion_note(first.problem, text, first.rewards[0])
+                show_step(row, note)
+                tick(1 if rows else row["step"])
+                rows.append(row)
         if any(gather([bool(stop)])):
-            console.print("Stopped and saved. Continue with:", again, soft_wrap=True)
-            raise typer.Exit(128 + (stop or [signal.SIGTERM])[0])
-        processes().wait_for_everyone()
+            stop.append(signal.SIGTERM)  # where it was another process that got a signal
+            return
         kept = safetensors.load_file(run / "adapter_model.safetensors")
         peft.set_peft_model_state_dict(policy.model, kept)
         results["trained"] = asked("trained")
     if test_set:
-        label = method_name(settings.method)
         console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
-    rows = run_rows(run / "metrics.jsonl", STEP)
-    console.print(training_summary(rows, memory))
-    if not sum(row["tokens_trained"] for row in rows):
-        warn("Nothing was trained: rewards never differed. See --reward and --max-new-tokens.")
+    if rows:
+        show_step(mean_step(rows), "The mean step:")
+        if not any(row["tokens_trained"] for row in rows):
+            console.print("Nothing was trained: no rewards differed; see --reward.")
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
-    command = f"python tokenrl.py eval {settings.task} --adapter {folder}"
-    console.print("Ask it again:", command + repeated(settings, CODE[:2]), soft_wrap=True)
+    again = to_paste(["eval", settings.task, "--adapter", run], settings, CODE[:2])
+    console.print("Ask it again:", again, soft_wrap=True)
 
 
-def repeated(settings: Settings, keys: list[str]) -> str:
-    """What a command that we print must say again: code, and where the data are."""
-    words = []
-    for key in keys:
-        if is_code(value := getattr(settings, key)):
+def to_paste(words: list, settings: Settings, keys: list[str]) -> str:
+    """A command, with what it must say again: code, and where the data are."""
+    for key in [*keys, "data_dir"]:
+        if (value := getattr(settings, key)) != getattr(Settings, key):
             words += [flag(key), value]
-    if settings.data_dir != DATA:
-        words += ["--data-dir", settings.data_dir.as_posix()]
-    return "".join(f" {shlex.quote(word)}" for word in words)
+    return shlex.join(["python", "tokenrl.py", *map(str, words)])
 
 
 @contextlib.contextmanager
 def catch_signals(again: str):
-    """Yields a list that gets the first Ctrl-C or SIGTERM, so that the step in progress is saved. A
-    second one ends the program, saying `again`."""
+    """Yields a list that gets the first Ctrl-C or SIGTERM, after which what is under way is still
+    done and saved; a second one ends the program. `again` is the command that goes on."""
     stop, owner = [], os.getpid()
 
     def handle(number, frame):
         if os.getpid() != owner:  # a process that a reward has forked
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif stop:
-            raise KeyboardInterrupt
-        else:
-            stop.append(number)
-            console.print("Stopping after this step or batch (press again to give up at once) ...")
+            os._exit(128 + number)
+        if stop:
+            raise SystemExit(128 + number)
+        stop.append(number)
+        console.print("Stopping after this step or evaluation (again: at once) ...")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except KeyboardInterrupt:
-        console.print("Interrupted; all saved is intact. Continue with:", again, soft_wrap=True)
-        raise typer.Exit(128 + (stop or [signal.SIGINT])[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if stop:
+            console.print("What was saved is intact. Continue with:", again, soft_wrap=True)
+    if stop:
+        raise SystemExit(128 + stop[0])
 
 
-@contextlib.contextmanager
-def progress(label: str, total: int, stop: list = ()):
-    """Yields the `tick` of evaluate: a bar, or without a terminal a line. `stop` ends it."""
-    if not console.is_terminal:
-        console.print(f"{label}: {total:,} answers ...")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-
-        def tick(count: int) -> None:
-            bar.advance(task, count)
-            if stop:
-                raise KeyboardInterrupt
-
-        yield tick
-
-
-def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
+def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -> list[dict]:
     """The records of a phase: those in run/eval.jsonl, or new ones, which are added there."""
-    path = run / "eval.jsonl"
-    old = run_rows(path, ANSWER)
-    done = [row for row in old if row["phase"] == phase]
-    if [row["question"] for row in done] == [problem.question for problem in problems]:
+    path, samples = run / "eval.jsonl", settings.eval_samples
+    old = [row for _, row in read_rows(path)] if path.exists() else []
+    done = [row for row in old if row.get("phase") == phase]
+    asked = [Problem(*(row.get(part.name) for part in fields(Problem))) for row in done]
+    whole = all(row.get("correct") in (0, 1) and row.get("samples") == samples for row in done)
+    whole &= all(row.get("samples_correct") in range(samples + 1) for row in done)
+    if whole and asked == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
-    samples = settings.eval_samples
-    with bare, progress("evaluating", len(problems) * (1 + samples), stop) as tick:
+    with bare, progress("evaluating", len(problems) * (1 + samples)) as tick:
         found = evaluate(policy, problems, settings, samples, tick)
     records = [{"phase": phase, **record} for record in found]
     if rank_and_world()[0] == 0:
-        write_jsonl(path, [row for row in old if row["phase"] != phase] + records)
+        write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
     return records
 
 
-def show_dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
-    """One step at its largest: the longest prompts, no completion ends, every group has signal."""
-    device, count = base_of(policy.model).device, settings.prompts_per_step + settings.replay
-    by_length = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
-    asked = (by_length * count)[-count:]  # where there are fewer, some come twice in a step
-    policy.ends = set()
-    peak_memory(device, reset=True)
-    start = time.perf_counter()
-    rollouts = roll_out(policy, asked, settings, settings.seed)
-    middle, rollout_peak = time.perf_counter(), peak_memory(device, reset=True)
-    for rollout in rollouts:
-        rollout.rewards = [float(i % 2) for i in range(settings.group_size)]
-    credited = credit(rollouts, credit_function(settings), random.Random(settings.seed))
-    sums, _ = update(policy, credited, len(rollouts), new_optimizer(policy.model), settings)
-    seconds = time.perf_counter() - middle
-    console.print(
-        f"The largest step, {method_name(settings.method)}:\n"
-        f"weights               {gigabytes(memory_of(policy.model))}\n"
-        f"peak memory, rollout  {gigabytes(rollout_peak)}\n"
-        f"peak memory, update   {gigabytes(peak_memory(device))}\n"
-        f"tokens generated      {sum(len(c) for r in rollouts for c in r.completions):,}\n"
-        f"tokens trained        {sums['tokens_trained']:,}\n"
-        f"rollout / update, s   {middle - start:.1f} / {seconds:.1f}"
-    )
+def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None:
+    """A step at its largest: the longest prompts, no completion ends, every group has signal."""
+    count = settings.prompts_per_step + settings.replay
+    longest = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
+    settings = replace(settings, steps=1, prompts_per_step=count, replay=0)
+    turns = cycle([0.0, 1.0])
+    policy.ends, policy.reward = set(), lambda problem, completion: next(turns)
+    with tempfile.TemporaryDirectory() as folder:
+        for row, _ in train(policy, longest[-count:], [], settings, Path(folder), []):
+            show_step(row, "The largest step:")
 
 
-def memory_of(model) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-@app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
+@app.command("eval")
 @asks
 def eval_command(
     settings: Settings,
-    given: set[str],
-    adapter: Annotated[list[Path] | None, own("A run's folder; may come again.")] = None,
-    question: Annotated[str, own("Only answer this question of yours.")] = "",
-    samples: Annotated[int, own("Samples a problem too, for pass@k.", min=0)] = 0,
-    limit: Annotated[int | None, own("Only the first N test problems.", "all", min=1)] = None,
-    shown: Annotated[int, own("Answers shown of each kind.", min=0)] = 3,
-    output: Annotated[Path | None, own("Write every answer to this JSONL file.")] = None,
-    min_accuracy: Annotated[float, own("Exit code 1 if the last column is below.")] = 0.0,
+    adapter: Annotated[list[Path] | None, own(help="A run's folder; may come again.")] = None,
+    question: Annotated[str, own(help="Only answer this question of yours.")] = "",
+    samples: Annotated[int, own(help="Samples a problem too, for pass@k.", min=0)] = 0,
+    limit: Annotated[int | None, own(help="Only the first N.", show_default="all", min=1)] = None,
+    shown: Annotated[int, own(help="Answers shown of each kind.", min=0)] = 3,
+    output: Annotated[Path | None, own(help="Write every answer to this JSONL file.")] = None,
+    min_accuracy: Annotated[float, own(help="Exit code 1 if the last column is below.")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the held-out problems."""
     check_writable(output)
-    adapters = list(dict.fromkeys(adapter or []))
-    if adapters:
-        ask_as_trained(settings, given, adapters[0], [*ASKED, "metric"])
     policy, task = find_policy(settings)
-    problems = [Problem(question, "")] if question else task.test[:limit]
-    results = {}
-    for number, folder in enumerate([None, *adapters]):
-        label = "base"
+    problems, results = [Problem(question, "")] if question else task.test[:limit], {}
+    for number, folder in enumerate([None, *dict.fromkeys(adapter or [])]):
+        label, name = "base", f"adapter{number}"
         if folder:
             label = str(folder) + "/" * (str(folder) == "base")
-            policy.model = load_adapter(policy.model, folder, f"adapter{number}", settings.model)
-            policy.model.set_adapter(f"adapter{number}")
+            policy.model = load_adapter(policy.model, folder, name, settings.model)
+            policy.model.set_adapter(name)
         with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
     if question:
@@ -2493,112 +2298,95 @@ def eval_command(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
-    if not (reached := accuracy(results[label])) >= min_accuracy:  # NaN fails too
-        errors.print(f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}.")
-        raise typer.Exit(1)
+    reached = fmean(record["correct"] for record in results[label])
+    low = f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}."
+    refuse(not reached >= min_accuracy, low)  # NaN fails too
 
 
 def check_writable(path: Path | None, *kinds: str) -> None:
     """Raise now, not after an hour, where --output cannot be written or is of no known kind."""
     if path:
-        if kinds and path.suffix not in kinds:
-            raise UserError(f"--output {path} must end in {' or '.join(kinds)}.")
+        unknown = kinds and path.suffix not in kinds
+        refuse(unknown, f"--output {path} must end in {' or '.join(kinds)}.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_fifo():  # whose reader would take it for the end
-            open(path, "a").close()
+        open(path, "a").close()
 
 
-@app.command("inspect", epilog="Example: python tokenrl.py inspect svamp --method all")
+@app.command("inspect")
 @asks
 def inspect_command(
     settings: Settings,
-    given: set[str],
-    index: Annotated[int | None, own("Number of the training problem.", "one with signal")] = None,
-    adapter: Annotated[Path | None, own("A run's folder.")] = None,
-    output: Annotated[Path | None, own("Also write it to this .html or .svg file.")] = None,
+    index: Annotated[int | None, own(help="Training problem; else one with signal.", min=0)] = None,
+    adapter: Annotated[Path | None, own(help="A run's folder.")] = None,
+    output: Annotated[Path | None, own(help="Also write it to this .html or .svg file.")] = None,
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
     check_writable(output, ".html", ".svg")
-    if adapter:
-        numbers = ["method", "alpha", "p", "k", "group_size"]
-        ask_as_trained(settings, given, adapter, ASKED + numbers)
-    methods = METHODS if settings.method == "all" else [settings.method]
-    functions = {name: credit_function(replace(settings, method=name)) for name in methods}
     policy, task = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
     problems = task.train or task.test
-    if index is not None and not 0 <= index < len(problems):
-        raise UserError(f"--index {index}: there are {len(problems)} problems, from 0.")
-    for problem in problems[:20] if index is None else [problems[index]]:
+    asked = problems[:20] if index is None else problems[index : index + 1]
+    refuse(not asked, f"--index {index}: there are {len(problems)} problems, from 0.")
+    for problem in asked:
         [rollout] = roll_out(policy, [problem], settings, settings.seed)
         if rollout.has_signal:
             break
     shown = {}
-    for name, function in functions.items():
+    for name in METHODS if settings.method == "all" else [settings.method]:
+        function = credit_function(replace(settings, method=name))
         credited = credit([rollout], function, random.Random(settings.seed))
-        words = METHODS.get(name, function).__doc__ or "a method without a docstring"
-        rule = words.strip().split("\n")[0].rstrip(".")
-        if name == "s-grpo":
-            rule += f" (alpha {settings.alpha}, p {settings.p:g}, k {settings.k or 'off'})"
+        rule = first_line(METHODS.get(name, function).__doc__ or "a method without a docstring.")
         shown[method_name(name)] = rule, credited[0][2] if credited else {}
-    finished = [policy.finished(completion) for completion in rollout.completions]
-    parts = list(show_group(policy.tokenizer.decode, rollout, finished, shown))
-    console.print(*parts, sep="\n")
+    console.record = bool(output)
+    console.print(*show_group(policy, rollout, shown), sep="\n")
     if output:
-        paper = Console(record=True, width=max(80, console.width), file=io.StringIO(), **AS_IT_IS)
-        paper.print(*parts, sep="\n")
-        (paper.save_html if output.suffix == ".html" else paper.save_svg)(str(output))
-        console.print(f"Written: {output}")
+        (console.save_html if output.suffix == ".html" else console.save_svg)(str(output))
 
 
-@app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[str, own("A column of metrics.jsonl, such as validation.")] = "reward",
-    output: Annotated[Path | None, own("Also draw it into this .png or .svg file.")] = None,
+    what: Annotated[str, own(help="A column of metrics.jsonl, such as validation.")] = "reward",
+    output: Annotated[Path | None, own(help="Also draw it into this .png or .svg file.")] = None,
 ):
     """Draw the curves of one or more runs, in the terminal and as a picture."""
     check_writable(output, ".png", ".svg")
     curves = {}
     for run in runs:
-        rows = run_rows(run / "metrics.jsonl", STEP)
-        records = run_rows(run / "eval.jsonl", ANSWER)
-        phases = [[r for r in records if r["phase"] == phase] for phase in ("base", "trained")]
-        gain = " → ".join(f"{accuracy(phase):.1%}" for phase in phases if all(phases))
+        log = run / "metrics.jsonl"
+        rows = [row for _, row in read_rows(log)] if log.exists() else []
         if curve := curve_of(rows, what):
-            curves[f"{run}  {gain}".strip()] = curve
-        else:
-            console.print(f"{run} has no {what if rows else 'steps yet'}, so it is left out.")
-    if not curves:
-        raise UserError("There is nothing to draw.")
+            curves[str(run)] = curve
+    refuse(not curves, f"There is no {what} to draw in {', '.join(map(str, runs))}.")
     console.print(curve_table(curves, what))
     if output:
-        save_picture(curves, what, output)
-        console.print(f"Written: {output}")
+        from matplotlib.figure import Figure
+
+        axes = (figure := Figure(layout="constrained")).subplots()
+        for run, curve in curves.items():
+            axes.plot(*zip(*curve.items()), label=run)
+        axes.set(xlabel="step", ylabel=what)
+        axes.legend()
+        figure.savefig(output)
 
 
-@app.command(epilog="Example: python tokenrl.py merge runs/svamp-s-grpo merged")
+@app.command()
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
-    dtype: Annotated[str, own("auto (the model's own), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, own(help="auto (the model's own), float32, bfloat16, float16.")] = "auto",
 ):
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or
     transformers. bfloat16 rounds away what is under a 500th of a weight."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; give a new folder.")
-    trained = adapter_settings(run)
-    name = trained["model"]
+    refuse(out.exists(), f"{out} is there already; give a new folder.")
+    name = run_settings(run)["model"]
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     source = Path(tokenizer.name_or_path)
     kind = stored_dtype(source) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
-    try:
-        adapted = load_adapter(model, run, "adapter", name)
-        model = adapted.merge_and_unload(safe_merge=True).to(kind)
-    except ValueError as error:  # lora_alpha can be NaN
-        raise UserError(f"{run} cannot be merged: {first_line(error)}") from None
+    model = load_adapter(model, run, "adapter", name).merge_and_unload().to(kind)
+    check_finite(model.named_parameters(), run)  # its lora_alpha can be anything
     # The base's own top_k or penalties would answer otherwise than what was trained and measured.
     ends, pad = sorted(end_tokens(model, tokenizer)), model.generation_config.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
@@ -2606,40 +2394,29 @@ def merge(
     tokenizer.save_pretrained(out)
     if (source / "prompt.txt").is_file():
         shutil.copy(source / "prompt.txt", out)
-    console.print(f"Written: {out}, {gigabytes(memory_of(model))} in {str(kind).split('.')[1]}")
-    if "task" in trained and not is_bundled(name):
-        settings = Settings(**trained)
-        words = ["python", "tokenrl.py", "eval", settings.task, "--model", out.as_posix()]
-        for key in ASKED[1:]:
-            value = getattr(settings, key)
-            if value != getattr(Settings, key) and not is_code(str(value)):
-                words += [flag(key), str(value)]
-        command = shlex.join(words) + repeated(settings, ["reward"])
-        console.print("Check it:", command, soft_wrap=True)
+    console.print(f"Written: {out}, {kind}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     # Before torch is imported: threads that spin long starve each other beside a busy core, and a
     # GPU's memory in fixed pieces is lost to fragments.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "600")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("GOMP_SPINCOUNT", "600")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     sys.modules.setdefault("tokenrl", sys.modules[__name__])  # for `import tokenrl` in a FILE.py
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
+        stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
     try:
         app(arguments)
     except Exception as error:
+        sentence = str(error)
         if out_of_memory(error):
             sentence = "Out of memory: lower --batch-rows, --max-pack-tokens or --max-new-tokens."
-        elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        elif "No space left" in sentence:
             sentence = "The disk is full; what was saved is intact. Make room, then --resume."
-        elif isinstance(error, (UserError, OSError)):
-            sentence = str(error)
-        else:
+        elif isinstance(error, ModuleNotFoundError):
+            sentence += f": pip install {error.name}"
+        elif not isinstance(error, (UserError, OSError)):
             raise
         errors.print(Text("Error:", "bold red"), sentence, soft_wrap=True)
         raise SystemExit(1) from None

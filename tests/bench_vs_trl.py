@@ -93,7 +93,7 @@ def child(job: dict) -> dict:
     policy, task = tokenrl.find_policy(settings)
     problems = task.train
     tokenrl.torch.manual_seed(0)
-    policy.model = tokenrl.trainable_model(policy, settings, set())
+    policy.model = tokenrl.trainable_model(policy, settings)
     if "gradient" in job:  # at its start, LoRA's B is zero, and with it the gradient of A
         with tokenrl.torch.no_grad():
             for name, parameter in policy.model.named_parameters():

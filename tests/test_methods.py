@@ -292,7 +292,7 @@ def test_compare_methods(tmp_path):
     (runs[0] / "eval.jsonl").unlink()  # one that was interrupted before its end
     before = [(run / "metrics.jsonl").stat().st_mtime for run in runs]
     again = compare()
-    assert again.returncode == 0 and again.stdout.count("before training: ") == 1
+    assert again.returncode == 0 and again.stdout.count("problems to train") == 1
     assert again.stdout[again.stdout.index("2 steps, 1 seeds") :] == table
     after = [(run / "metrics.jsonl").stat().st_mtime for run in runs]
     assert after[1:] == before[1:]
