@@ -93,10 +93,6 @@ class UserError(Exception):
     """Something the user can put right: shown as one sentence, never as a traceback."""
 
 
-class Unreachable(UserError):
-    """What should come from the network cannot be had."""
-
-
 def refuse(bad, sentence: str) -> None:
     if bad:
         raise UserError(sentence)
@@ -568,7 +564,8 @@ def svamp_problems(source: Path | None) -> list[Problem]:
     try:
         raw = urllib.request.urlopen(address, timeout=20).read()
     except (OSError, http.client.HTTPException) as error:
-        raise Unreachable(f"{address} cannot be read ({error}); name a copy: --source.") from None
+        again = "python tokenrl.py prep svamp --source SVAMP.json"
+        raise UserError(f"{address} cannot be read ({error}); with a copy: {again}") from None
     other = hashlib.sha256(raw).hexdigest() != SVAMP_SHA256
     refuse(other, "SVAMP.json is not as published: its sha256 differs.")
     problems = []
@@ -641,7 +638,7 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
     return task
 
 
-@app.command()
+@app.command(epilog="Example: python tokenrl.py prep invoices.csv --question text --answer total")
 def prep(
     what: Annotated[str, typer.Argument(help="svamp, multiply, or a CSV, JSONL or JSON file.")],
     source: Annotated[Path | None, typer.Option(help="A copy of SVAMP.json.")] = None,
@@ -708,7 +705,7 @@ def fetch_model(name: str) -> str:
                 return folder
         reason = first_line(error) if str(error) else "no answer"
         fault = f"is no folder here and cannot be had from the hub now ({reason})"
-        raise Unreachable(f"{name} {fault}; try again, or give a folder.") from None
+        raise UserError(f"{name} {fault}; try again, or give a folder or demo.") from None
 
 
 # ---- 4. Policy: model, tokenizer, LoRA, prompts, memory meter -----------------------------------
@@ -1817,18 +1814,28 @@ MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int):
-    """Yields tick(count), which moves a bar where there is a terminal."""
+def progress(label: str, total: int, stop: list = ()):
+    """Yields tick(count), which moves a bar, and ends the program if there is a signal in `stop`.
+    Without a terminal there is a line instead."""
+    if not console.is_terminal:
+        console.print(f"{label}: {total:,} ...")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
-        yield partial(bar.advance, task)
+
+        def tick(count: int) -> None:
+            bar.advance(task, count)
+            if stop:
+                raise SystemExit(128 + stop[0])
+
+        yield tick
 
 
-def show_step(row: dict, note: str = "") -> None:
+def show_step(row: dict, device, note: str = "") -> None:
     """A line of the live table; where there is a note, it and the titles stand above."""
     if note:
+        memory = "  VRAM" if torch.device(device).type == "cuda" else "memory"
         console.print(note)
-        console.print(TITLES, style="bold", soft_wrap=True)
+        console.print(TITLES.replace("memory", memory), style="bold", soft_wrap=True)
     share = row["tokens_trained"] / max(1, row["tokens_generated"])
     more = {"mark": "!" * row["skipped"] + str(row["step"]), "trained": share}
     more |= {"seconds": row["rollout_s"] + row["update_s"], "memory": row["peak_memory"] / 2**30}
@@ -1962,6 +1969,17 @@ def curve_of(rows: list[dict], what: str) -> dict[int, float]:
     return {chunk[-1][0]: fmean(y for _, y in chunk) for chunk in chunks}
 
 
+def accuracies(run: Path) -> str:
+    """The accuracy before and after training, as far as the run has both."""
+    path = run / "eval.jsonl"
+    rows = [row for _, row in read_rows(path)] if path.exists() else []
+    phases = [
+        [row.get("correct") for row in rows if row.get("phase") == p] for p in ("base", "trained")
+    ]
+    whole = all(phases) and all(map(is_number, sum(phases, [])))
+    return " → ".join(f"{fmean(phase):.1%}" for phase in phases) if whole else ""
+
+
 def curve_table(curves: dict[str, dict], what: str) -> Table:
     """A line per run, all of them on one scale."""
     values = [y for curve in curves.values() for y in curve.values()]
@@ -2021,13 +2039,18 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
     """Load what the settings ask for; `auto` there gives way to the name of a model."""
     svamp, device = settings.task == "svamp", pick_device(settings.device)
     if settings.model == "auto":
-        real = device.startswith("cuda") and (settings.data_dir / "svamp").is_dir()
         settings.model = DEFAULT_MODEL
-        if svamp and not real and (DATA / "demo").is_dir():
+        if svamp and not device.startswith("cuda"):
             settings.model = "demo"
-            console.print("Without a CUDA GPU and `prep svamp` this is the bundled demo.")
+            console.print("There is no CUDA GPU in use, so this is the small bundled model.")
             console.print(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
-    name, bundled = settings.model, is_bundled(settings.model)
+    name, bundled, demo = settings.model, is_bundled(settings.model), DATA / "demo"
+    alone = bundled and not demo.is_dir()
+    refuse(alone, f"There is no {demo}: copy that folder too, or name a --model.")
+    with processes().main_process_first():
+        if svamp and not bundled and not (settings.data_dir / "svamp").is_dir():
+            console.print("Preparing SVAMP first, as prep svamp does ...")
+            write_task("svamp", svamp_problems(None), STORY_EXAMPLES, 0.3, 0, settings.data_dir)
     # The bundled model has never seen the words of the real SVAMP.
     place = ("demo", DATA) if svamp and bundled else (settings.task, settings.data_dir)
     task = load_task(*place, numeric=settings.reward == "number")
@@ -2112,7 +2135,7 @@ def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> 
     return run
 
 
-@app.command("train")
+@app.command("train", epilog="Example: python tokenrl.py train svamp --method t-spmo --steps 50")
 @asks
 def train_command(
     settings: Settings,
@@ -2163,22 +2186,26 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     test_set, rows = task.test[: settings.eval_problems], []
     base, label = base_of(policy.model), method_name(settings.method)
     form = policy.prompt if policy.prompt in ("chat", "plain") else "template"
+    trained, total = (count / 1e6 for count in policy.model.get_nb_trainable_parameters())
     console.print(
         f"{label} on {settings.task}: {len(train_set)} problems to train, {size} to validate, "
-        f"{len(test_set)} to test\n{form} prompt, {base.dtype} on {base.device}\nrun {run}"
+        f"{len(test_set)} to test\n{base.config.model_type}: {total:,.1f} M parameters, "
+        f"{trained:.2f} M in LoRA, {base.dtype}, {base.device}, {form} prompt\nrun {run}"
     )
-    asked = partial(evaluate_once, policy, test_set, settings, run)
     with catch_signals(to_paste(["train", settings.task, "--resume", run], settings, CODE)) as stop:
+        asked = partial(evaluate_once, policy, test_set, settings, run, stop)
         phases = ["base", "start"] if settings.start_from else ["base"]  # start: as --adapter is
         results = {phase: asked(phase) for phase in phases}
-        if test_set:
-            console.print(comparison_table(results, "before training"))
+        if base_rows := results["base"]:
+            right, cut = (fmean(r[key] for r in base_rows) for key in ("correct", "truncated"))
+            limit = f"{cut:.0%} cut off at {settings.max_new_tokens} tokens"
+            console.print(f"before training: {right:.1%} right (greedy), {limit}")
         with progress("training", settings.steps) as tick:
             for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
                 note, text = "", policy.text(first.completions[0])
                 if not rows or row["step"] % 10 == 1:
                     note = completion_note(first.problem, text, first.rewards[0])
-                show_step(row, note)
+                show_step(row, base.device, note)
                 tick(1 if rows else row["step"])
                 rows.append(row)
         if any(gather([bool(stop)])):
@@ -2190,7 +2217,8 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
     if test_set:
         console.print(comparison_table(results, f"{settings.task}, {label}, {run}"))
     if rows:
-        show_step(mean_step(rows), "The mean step:")
+        minutes = sum(row["rollout_s"] + row["update_s"] for row in rows) / 60
+        show_step(mean_step(rows), base.device, f"{len(rows)} steps in {minutes:.1f} min, a step:")
         if not any(row["tokens_trained"] for row in rows):
             console.print("Nothing was trained: no rewards differed; see --reward.")
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
@@ -2209,8 +2237,8 @@ def to_paste(words: list, settings: Settings, keys: list[str]) -> str:
 
 @contextlib.contextmanager
 def catch_signals(again: str):
-    """Yields a list that gets the first Ctrl-C or SIGTERM, after which what is under way is still
-    done and saved; a second one ends the program. `again` is the command that goes on."""
+    """Yields a list that gets the first Ctrl-C or SIGTERM, so that the step in progress is saved; a
+    second one ends the program. `again` is the command that goes on."""
     stop, owner = [], os.getpid()
 
     def handle(number, frame):
@@ -2219,7 +2247,7 @@ def catch_signals(again: str):
         if stop:
             raise SystemExit(128 + number)
         stop.append(number)
-        console.print("Stopping after this step or evaluation (again: at once) ...")
+        console.print("Stopping after this step or batch (press again to give up at once) ...")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2233,7 +2261,7 @@ def catch_signals(again: str):
         raise SystemExit(128 + stop[0])
 
 
-def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -> list[dict]:
+def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
     """The records of a phase: those in run/eval.jsonl, or new ones, which are added there."""
     path, samples = run / "eval.jsonl", settings.eval_samples
     old = [row for _, row in read_rows(path)] if path.exists() else []
@@ -2244,7 +2272,7 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, phase: str) -
     if whole and asked == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
-    with bare, progress("evaluating", len(problems) * (1 + samples)) as tick:
+    with bare, progress("evaluating", len(problems) * (1 + samples), stop) as tick:
         found = evaluate(policy, problems, settings, samples, tick)
     records = [{"phase": phase, **record} for record in found]
     if rank_and_world()[0] == 0:
@@ -2261,10 +2289,10 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
     policy.ends, policy.reward = set(), lambda problem, completion: next(turns)
     with tempfile.TemporaryDirectory() as folder:
         for row, _ in train(policy, longest[-count:], [], settings, Path(folder), []):
-            show_step(row, "The largest step:")
+            show_step(row, base_of(policy.model).device, "The largest step:")
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
 @asks
 def eval_command(
     settings: Settings,
@@ -2312,7 +2340,7 @@ def check_writable(path: Path | None, *kinds: str) -> None:
         open(path, "a").close()
 
 
-@app.command("inspect")
+@app.command("inspect", epilog="Example: python tokenrl.py inspect svamp --method all")
 @asks
 def inspect_command(
     settings: Settings,
@@ -2322,6 +2350,8 @@ def inspect_command(
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
     check_writable(output, ".html", ".svg")
+    names = METHODS if settings.method == "all" else [settings.method]
+    functions = {name: credit_function(replace(settings, method=name)) for name in names}
     policy, task = find_policy(settings)
     if adapter:
         policy.model = load_adapter(policy.model, adapter, "adapter", settings.model)
@@ -2333,8 +2363,7 @@ def inspect_command(
         if rollout.has_signal:
             break
     shown = {}
-    for name in METHODS if settings.method == "all" else [settings.method]:
-        function = credit_function(replace(settings, method=name))
+    for name, function in functions.items():
         credited = credit([rollout], function, random.Random(settings.seed))
         rule = first_line(METHODS.get(name, function).__doc__ or "a method without a docstring.")
         shown[method_name(name)] = rule, credited[0][2] if credited else {}
@@ -2344,7 +2373,7 @@ def inspect_command(
         (console.save_html if output.suffix == ".html" else console.save_svg)(str(output))
 
 
-@app.command()
+@app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
     what: Annotated[str, own(help="A column of metrics.jsonl, such as validation.")] = "reward",
@@ -2357,7 +2386,7 @@ def plot(
         log = run / "metrics.jsonl"
         rows = [row for _, row in read_rows(log)] if log.exists() else []
         if curve := curve_of(rows, what):
-            curves[str(run)] = curve
+            curves[f"{run} {accuracies(run)}".strip()] = curve
     refuse(not curves, f"There is no {what} to draw in {', '.join(map(str, runs))}.")
     console.print(curve_table(curves, what))
     if output:
@@ -2371,7 +2400,7 @@ def plot(
         figure.savefig(output)
 
 
-@app.command()
+@app.command(epilog="Example: python tokenrl.py merge runs/svamp-s-grpo merged")
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
@@ -2400,12 +2429,15 @@ def merge(
 def main(arguments: list[str] | None = None) -> None:
     # Before torch is imported: threads that spin long starve each other beside a busy core, and a
     # GPU's memory in fixed pieces is lost to fragments.
-    os.environ.setdefault("GOMP_SPINCOUNT", "600")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "600")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     sys.modules.setdefault("tokenrl", sys.modules[__name__])  # for `import tokenrl` in a FILE.py
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
     try:
         app(arguments)
     except Exception as error:

@@ -57,10 +57,11 @@ def record(i, correct, kind="", **changed):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_live_table_fits_80_columns(screen, terminal):
     console = screen(80, terminal)
-    tokenrl.show_step(metrics(1), "a note")
-    tokenrl.show_step(metrics(2, skipped=True, reward=math.nan, peak_memory=75.2 * GIB, signal=1.0))
+    tokenrl.show_step(metrics(1), "cpu", "a note")
+    wild = {"reward": math.nan, "peak_memory": 75.2 * GIB, "signal": 1.0}
+    tokenrl.show_step(metrics(2, skipped=True, **wild), "cpu")
     long = {"validation": 1.0, "tokens_trained": 2000, "rollout_s": 123.456, "reward": -0.5}
-    tokenrl.show_step(metrics(3, **long))
+    tokenrl.show_step(metrics(3, **long), "cpu")
     lines = [line.rstrip() for line in console.text().splitlines()]
     [head] = [line for line in lines if line.startswith("step reward")]
     for name in ("signal", "entropy", "length", "trained", "seconds", "memory", "validation"):
@@ -75,13 +76,14 @@ def test_live_table_fits_80_columns(screen, terminal):
         assert cells <= ends, "numbers stand right below their titles"
 
 
-def test_live_table_has_the_numbers_of_the_row(screen):
+@pytest.mark.parametrize("device, memory", [("cpu", "memory"), ("cuda:1", "VRAM")])
+def test_live_table_has_the_numbers_of_the_row(screen, device, memory):
     console = screen()
-    tokenrl.show_step(metrics(12), "note")
+    tokenrl.show_step(metrics(12), device, "note")
     _, head, row = filter(str.strip, console.text().splitlines())
     shown = dict(zip(head.split(), row.split()))
     assert shown.pop("trained") == "15.0%" and shown.pop("signal") == "75%"
-    numbers = {"step": 12, "reward": 0.5, "entropy": 0.412, "length": 31, "memory": 0.44}
+    numbers = {"step": 12, "reward": 0.5, "entropy": 0.412, "length": 31, memory: 0.44}
     numbers |= {"kl": 0.0004, "seconds": 2.0}
     assert {name: float(value) for name, value in shown.items()} == numbers
 
@@ -89,8 +91,8 @@ def test_live_table_has_the_numbers_of_the_row(screen):
 def test_a_skipped_step_is_red(screen):
     console = screen(terminal=True)
     console._color_system = Console(force_terminal=True, color_system="standard")._color_system
-    tokenrl.show_step(metrics(1))
-    tokenrl.show_step(metrics(2, skipped=True))
+    tokenrl.show_step(metrics(1), "cpu")
+    tokenrl.show_step(metrics(2, skipped=True), "cpu")
     raw = console.file.getvalue()
     assert re.search(r"\x1b\[31m *!2 ", raw) and not re.search(r"\x1b\[31m *1 ", raw)
 
@@ -100,7 +102,8 @@ def test_the_titles_stand_between_a_note_and_its_step(screen, terminal):
     console = screen(80, terminal)
     with tokenrl.progress("training", 3) as tick:
         for step, text in ((1, "first"), (2, ""), (3, "last")):
-            tokenrl.show_step(metrics(step), text and tokenrl.completion_note(PROBLEM, text, 1))
+            note = text and tokenrl.completion_note(PROBLEM, text, 1)
+            tokenrl.show_step(metrics(step), "cpu", note)
             tick(1)
     found = re.findall(r"^ +([123])  |completion +(\w+)|^(step) ", console.text(), re.M)
     assert ["".join(each) for each in found] == ["first", "step", "1", "2", "last", "step", "3"]
@@ -127,7 +130,7 @@ def test_the_mean_step(screen):
     rows = [metrics(1), metrics(2, peak_memory=3 * GIB, rollout_s=57.5, validation=0.5)]
     rows[1] |= {"tokens_trained": 100, "tokens_generated": 3000, "reward": 1.0}
     console = screen()
-    tokenrl.show_step(tokenrl.mean_step(rows), "note")
+    tokenrl.show_step(tokenrl.mean_step(rows), "cpu", "note")
     _, head, row = filter(str.strip, console.text().splitlines())
     shown = dict(zip(head.split()[1:], row.split()))
     assert shown["trained"] == "8.0%" and shown["seconds"] == "30.00" and shown["memory"] == "3.00"
@@ -362,9 +365,9 @@ def test_plot(cli):
     write_run("runs/b", [metrics(1)], base)
     write_run("runs/empty", [])
     code, text = cli("plot", "runs/a", "runs/b", "runs/empty", "none")
-    assert code == 0 and re.search(r"runs/a +│ ▁█ +│ 0.5 +│ 0.75", text)
+    assert code == 0 and re.search(r"runs/a 25.0% → 75.0% │ ▁█ +│ 0.5 +│ 0.75", text)
     assert "empty" not in text and "none" not in text
-    assert re.search(r"runs/b +│", text)
+    assert re.search(r"runs/b +│", text)  # no arrow before there is an end
     for what in ("validation", "foo"):
         code, text = cli("plot", "runs/a", "--what", what)
         assert code == 1 and f"no {what} to draw in runs/a" in text
