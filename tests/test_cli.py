@@ -476,9 +476,10 @@ def test_a_second_signal_gives_up_and_says_how_to_continue(cli, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(tokenrl, "evaluate", killed_twice)
+    before = signal.getsignal(signal.SIGINT)
     code, text = cli("train", "svamp", *FAST, "--name", "my run")
     assert code == 130 and "train svamp --resume 'runs/my run'" in text
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -1066,3 +1067,16 @@ def test_the_longest_question_is_found_by_tokens(cli):
     tokenrl.write_jsonl(Path("d/mine/train.jsonl"), rows)
     assert refused(cli("train", *task, *FAST, "--steps", 2), "context", "--max-new-tokens")
     assert not Path("runs").exists()
+
+
+def test_a_signal_within_an_evaluation_ends_it_after_the_batch(cli, monkeypatch):
+    plain, batches = tokenrl.ask, []
+
+    def asked(*arguments):
+        batches.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    monkeypatch.setattr(tokenrl, "ask", asked)
+    code, text = cli("train", "svamp", *FAST, "--batch-rows", "2", "--steps", "1")
+    assert code == 130 and len(batches) == 1 and "--resume runs/svamp-s-grpo" in text

@@ -286,7 +286,7 @@ def test_two_processes(tmp_path, monkeypatch):
     assert len(first[1][0]) + len(second[1][0]) == 2  # replays are shared out too
     assert first[-1][0] == second[-1][0] and first[-1][1:] != second[-1][1:]  # the same problem
     assert first[-1][2] != second[-1][2]
-    assert out.count("before training") == 3 and out.count("The mean step") == 2
+    assert out.count("before training") == 3 and out.count(" min, a step:") == 2
     for name, steps in (("w2", 1), ("stopped", 2)):
         rows = rows_of(tmp_path / f"runs/{name}/metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
@@ -418,4 +418,4 @@ def test_the_file_is_small_and_its_heart_knows_no_screen():
     heart = source.splitlines()[first:last]
     assert not [line for line in heart if re.search(r"\b(typer|rich|console|Table|Text)\b", line)]
     # The goal is 73,728 bytes and 1,700 lines: these may only ever be lowered.
-    assert len(source.encode()) <= 134_500 and len(source.splitlines()) <= 2_700
+    assert len(source.encode()) <= 125_600 and len(source.splitlines()) <= 2_470
