@@ -1,6 +1,7 @@
 """Make the bundled demo again from a seed: word problems, a tokenizer, and a small half-competent model.
 
-    python data/make_demo.py            about 10 minutes on 2 CPU cores; writes data/demo/
+    python data/make_demo.py                             10 minutes on 2 CPU cores; writes data/demo/
+    python data/make_demo.py --chain 4 --output chain4   3 minutes; a second task for the same model
 
 The problems are SVAMP-style: one operation, short stories, numbers that do not matter, and wordings whose
 keywords mislead ("more" in a subtraction, "left" in an addition). A template is one story pattern together with one
@@ -13,6 +14,12 @@ come from pupils who go by keywords, take the first two numbers and compute at o
 question, write down a thought ("Mila has fewer.") and then compute; 15 % from pupils who guess; and 5 % are readers
 with a slip of the pen. So the model's most likely answer is often the hasty one, while the thoughtful one comes by
 sampling: a policy that reinforcement learning can improve. During RL it is told only right or wrong.
+
+`--chain K` makes a task with K choices in a row, each to be learned by itself: "Ada has 47 pens. Then Ada finds 5.
+Then Ada pays 3. How many pens is that?" is answered by K sums, and at each the pupils misread the verb 35 % of the
+time, so that 0.65 ** K of the answers are right. The folder holds a model, fine-tuned from data/demo/, and the task:
+
+    python tokenrl.py train chain --model chain4 --data-dir chain4
 """
 
 import argparse
@@ -346,6 +353,32 @@ def in_writing(opening: str, x: int, op: str, y: int, result: int) -> str:
     return f"{opening}{x} {op} {y} = {result}\n#### {result}"
 
 
+VERBS = [("finds", "loses"), ("wins", "pays"), ("gets", "gives"), ("buys", "sells")]  # by step
+MISREAD = 0.35
+
+
+def make_chain(rng: random.Random, split: str, steps: int) -> dict:
+    while True:
+        start = rng.randint(40, 60)
+        moves = [(rng.randrange(2), rng.randint(2, 9)) for _ in range(steps)]  # (less, by how many)
+        if split_of(start, *moves) == split:
+            break
+    name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
+    told = [f"Then {name} {VERBS[k][less]} {n}." for k, (less, n) in enumerate(moves)]
+    asked = f"{name} has {start} {thing}. {' '.join(told)} How many {thing} is that?"
+    answer = start + sum(-n if less else n for less, n in moves)
+    return dict(question=asked, answer=str(answer), type="", start=start, moves=moves)
+
+
+def written_chain(rng: random.Random, problem: dict) -> str:
+    lines, total = [], problem["start"]
+    for less, n in problem["moves"]:
+        less ^= rng.random() < MISREAD
+        before, total = total, total - n if less else total + n
+        lines.append(f"{before} {'+-'[less]} {n} = {total}\n")
+    return "".join(lines) + f"#### {total}"
+
+
 def make_tokenizer(texts: list[str]):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -370,14 +403,17 @@ def make_tokenizer(texts: list[str]):
     )
 
 
-def batch(rng, tokenizer, prompt, size, torch):
+def story_or_drill(rng: random.Random) -> tuple[str, str]:
+    problem = make_problem(rng, "pretrain")
+    story = problem["question"], written_answer(rng, problem)
+    return make_drill(rng) if rng.random() < 0.2 else story
+
+
+def batch(make, rng, tokenizer, prompt, size, torch):
     """Token ids [size, longest] and labels: only the written answer is learned, padding is -100."""
     rows, labels = [], []
     for _ in range(size):
-        problem = make_problem(rng, "pretrain")
-        asked, written = problem["question"], written_answer(rng, problem)
-        if rng.random() < 0.2:
-            asked, written = make_drill(rng)
+        asked, written = make(rng)
         question = tokenizer.encode(prompt.format(question=asked))
         answer = tokenizer.encode(" " + written) + [tokenizer.eos_token_id]
         rows.append(torch.tensor(question + answer))
@@ -386,11 +422,9 @@ def batch(rng, tokenizer, prompt, size, torch):
     return pad(rows, True, tokenizer.pad_token_id), pad(labels, True, -100)
 
 
-def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
-    import torch
+def new_model(tokenizer):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -405,14 +439,20 @@ def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    return Qwen2ForCausalLM(config)
+
+
+def pretrain(model, make, tokenizer, prompt: str, steps: int, size: int, seed: int, rate: float):
+    """Train all weights on what `make(rng)` gives: (question, written answer)."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=steps, pct_start=0.1
+        optimizer, rate, total_steps=steps, pct_start=0.1
     )
     rng = random.Random(seed)
     for step in range(steps):
-        ids, labels = batch(rng, tokenizer, prompt, size, torch)
+        ids, labels = batch(make, rng, tokenizer, prompt, size, torch)
         loss = model(
             input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels
         ).loss
@@ -423,39 +463,61 @@ def pretrain(tokenizer, prompt: str, steps: int, size: int, seed: int):
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:5d}/{steps}  loss {loss.item():.3f}", flush=True)
-    return model
+
+
+def write_problems(folder: Path, files: dict[str, list[dict]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, problems in files.items():
+        rows = [{key: p[key] for key in ("question", "answer", "type")} for p in problems]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def chain_problems(rng: random.Random, steps: int) -> dict[str, list[dict]]:
+    """The problems of train.jsonl and test.jsonl."""
+    sizes = (("train", "rl", 700), ("test", "test", 300))
+    return {name: [make_chain(rng, split, steps) for _ in range(n)] for name, split, n in sizes}
 
 
 def main():
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--steps", type=int, default=2500, help="pretraining steps")
+    options.add_argument("--chain", type=int, choices=range(1, 5), help="choices in a row")
+    options.add_argument("--steps", type=int, help="pretraining steps; 2500, or 600 for a chain")
     options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")
+    options.add_argument("--output", type=Path, help="data/demo, or chainK")
     args = options.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    args.output.mkdir(parents=True, exist_ok=True)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    demo, chain = Path(__file__).parent / "demo", args.chain
+    output = args.output or (Path(f"chain{chain}") if chain else demo)
     rng, prompt = random.Random(args.seed), "Question: {question}\nAnswer:"
-    for name, problems in bundled_problems(rng).items():
-        lines = [
-            json.dumps({key: p[key] for key in ("question", "answer", "type")}) + "\n"
-            for p in problems
-        ]
-        (args.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (args.output / "prompt.txt").write_text(prompt, encoding="utf-8")
-    texts = [
-        prompt.format(question=p["question"]) + " " + written_answer(rng, p)
-        for p in (make_problem(rng, "pretrain") for _ in range(5000))
-    ]
-    tokenizer = make_tokenizer(texts)
-    model = pretrain(tokenizer, prompt, args.steps, args.batch, args.seed)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    print(
-        f"wrote {args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-    )
+    torch.manual_seed(args.seed)
+    if chain:
+        write_problems(output / "chain", chain_problems(rng, chain))
+        tokenizer = AutoTokenizer.from_pretrained(demo)
+        model, rate, steps = AutoModelForCausalLM.from_pretrained(demo), 1e-3, args.steps or 600
+    else:
+        write_problems(output, bundled_problems(rng))
+        problems = (make_problem(rng, "pretrain") for _ in range(5000))
+        asked = ((prompt.format(question=p["question"]), p) for p in problems)
+        tokenizer = make_tokenizer([text + " " + written_answer(rng, p) for text, p in asked])
+        model, rate, steps = new_model(tokenizer), 3e-3, args.steps or 2500
+    (output / "prompt.txt").write_text(prompt, encoding="utf-8")
+
+    def one_chain(rng: random.Random) -> tuple[str, str]:
+        problem = make_chain(rng, "pretrain", chain)
+        return problem["question"], written_chain(rng, problem)
+
+    make = one_chain if chain else story_or_drill
+    pretrain(model, make, tokenizer, prompt, steps, args.batch, args.seed, rate)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"wrote {output}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import random
 import re
 import sys
 
-from conftest import DEMO, rows_of
+from conftest import DEMO, FAST, rows_of
 
 sys.path.insert(0, str(DEMO.parent))
 
@@ -53,3 +53,30 @@ def test_every_bundled_answer_is_right():
                 "Division": [x // y for x, y in pairs if x % y == 0],
             }
             assert int(row["answer"]) in ways[row["type"]]
+
+
+def test_chains(tmp_path):
+    """A task of its own: right answers, no test problem in training, and 0.65 ** K right in writing."""
+    rng = random.Random(0)
+    files = make_demo.chain_problems(rng, 3)
+    keys = [{(p["start"], *p["moves"]) for p in files[name]} for name in ("train", "test")]
+    assert [len(files[name]) for name in ("train", "test")] == [700, 300] and not keys[0] & keys[1]
+    less = {verbs[1] for verbs in make_demo.VERBS}
+    for problem in files["test"]:
+        start, *told = re.findall(r"(\w+) (\d+)", problem["question"])
+        signed = [-int(n) if verb in less else int(n) for verb, n in told]
+        assert int(problem["answer"]) == int(start[1]) + sum(signed) and len(told) == 3
+    right = [
+        make_demo.written_chain(rng, problem).endswith(f"#### {problem['answer']}")
+        for problem in files["test"] * 10
+    ]
+    assert 0.25 < sum(right) / 3000 < 0.40  # 0.65 ** 3, and two mistakes of the same size
+
+
+def test_a_chain_is_a_folder_to_train_on(cli, tmp_path, monkeypatch):
+    made = ["--chain", "2", "--steps", "1", "--batch", "2", "--output", tmp_path / "chain2"]
+    monkeypatch.setattr(sys, "argv", ["make_demo.py", *map(str, made)])
+    make_demo.main()
+    asked = ["chain", "--model", "chain2", "--data-dir", "chain2"]
+    assert cli("train", *asked, *FAST, "--steps", "1")[0] == 0
+    assert cli("eval", *asked, "--adapter", "runs/chain-s-grpo", "--limit", "4")[0] == 0
