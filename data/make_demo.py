@@ -16,8 +16,9 @@ with a slip of the pen. So the model's most likely answer is often the hasty one
 sampling: a policy that reinforcement learning can improve. During RL it is told only right or wrong.
 
 `--chain K` makes a task with K choices in a row, each to be learned by itself: "Ada has 47 pens. Then Ada finds 5.
-Then Ada pays 3. How many pens is that?" is answered by K sums, and at each the pupils misread the verb 35 % of the
-time, so that 0.65 ** K of the answers are right. The folder holds a model, fine-tuned from data/demo/, and the task:
+Then Ada pays 3. How many pens is that?" is answered by K sums. The pupils misread "finds" in 10 % of the lines and
+"pays" in 65 %, so that 0.625 ** K of their answers are right, and less where the model writes what is most likely. The
+folder holds a model, fine-tuned from data/demo/, and the task:
 
     python tokenrl.py train chain --model chain4 --data-dir chain4
 """
@@ -354,7 +355,7 @@ def in_writing(opening: str, x: int, op: str, y: int, result: int) -> str:
 
 
 VERBS = [("finds", "loses"), ("wins", "pays"), ("gets", "gives"), ("buys", "sells")]  # by step
-MISREAD = 0.35
+MISREAD = 0.1, 0.65  # the first and the second verb of a pair
 
 
 def make_chain(rng: random.Random, split: str, steps: int) -> dict:
@@ -373,7 +374,7 @@ def make_chain(rng: random.Random, split: str, steps: int) -> dict:
 def written_chain(rng: random.Random, problem: dict) -> str:
     lines, total = [], problem["start"]
     for less, n in problem["moves"]:
-        less ^= rng.random() < MISREAD
+        less ^= rng.random() < MISREAD[less]
         before, total = total, total - n if less else total + n
         lines.append(f"{before} {'+-'[less]} {n} = {total}\n")
     return "".join(lines) + f"#### {total}"
@@ -484,7 +485,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--chain", type=int, choices=range(1, 5), help="choices in a row")
-    options.add_argument("--steps", type=int, help="pretraining steps; 2500, or 600 for a chain")
+    options.add_argument("--steps", type=int, help="pretraining steps; 2500, or 300 for a chain")
     options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, help="data/demo, or chainK")
@@ -500,7 +501,7 @@ def main():
     if chain:
         write_problems(output / "chain", chain_problems(rng, chain))
         tokenizer = AutoTokenizer.from_pretrained(demo)
-        model, rate, steps = AutoModelForCausalLM.from_pretrained(demo), 1e-3, args.steps or 600
+        model, rate, steps = AutoModelForCausalLM.from_pretrained(demo), 1e-3, args.steps or 300
     else:
         write_problems(output, bundled_problems(rng))
         problems = (make_problem(rng, "pretrain") for _ in range(5000))
