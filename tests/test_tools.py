@@ -246,8 +246,10 @@ for method, beta in (("grpo", 0.0), ("t-spmo", 0.0), ("grpo", 0.1)):
     tokenrl.update(policy, credited, 4, optimizer, settings)
     torch.save(kept, f"{{method}}-{{beta}}-{{world}}-{{rank}}.pt")
 json.dump([codes, logged], open(f"seen-{{world}}-{{rank}}.json", "w"))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # gloo's threads could abort the end
+sys.stdout.flush()
+if world > 1:
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can abort an orderly end
 """
 
 
