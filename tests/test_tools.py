@@ -276,6 +276,9 @@ def test_two_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenrl, "roll_out", tokenrl.roll_out)  # the driver replaces it
     runpy.run_path("driver.py")
     code, out, err = launch(*TORCHRUN, "driver.py", cwd=tmp_path)
+    if "terminate called without an active exception" in err:  # gloo's threads, now and then
+        shutil.rmtree(tmp_path / "runs")
+        code, out, err = launch(*TORCHRUN, "driver.py", cwd=tmp_path)
     assert code == 0, err
     (codes, first), (_, second) = (
         json.loads((tmp_path / f"seen-2-{rank}.json").read_text()) for rank in range(2)
