@@ -383,13 +383,14 @@ def product(a: int, b: int) -> str:
     )
 
 
-def worked_examples(text: str) -> list[dict]:
-    blocks = (block.split("\n", 1) for block in text.split("\n\n"))
-    return [{"question": question, "answer": answer} for question, answer in blocks]
+def worked_example(text: str) -> dict:
+    question, answer = text.split("\n", 1)
+    return {"question": question, "answer": answer}
 
 
-PRODUCTS = "\n\n".join(product(*pair) for pair in ((47, 36), (83, 52), (8, 59), (64, 27)))
-STORY_EXAMPLES, MULTIPLY_EXAMPLES = worked_examples(STORIES), worked_examples(PRODUCTS)
+STORY_EXAMPLES = [worked_example(story) for story in STORIES.split("\n\n")]
+FACTORS = (47, 36), (83, 52), (8, 59), (64, 27)
+MULTIPLY_EXAMPLES = [worked_example(product(a, b)) for a, b in FACTORS]
 
 
 @dataclass(frozen=True)
@@ -827,7 +828,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
             raise
         raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
     missing = sorted(found["missing_keys"])  # transformers fills them with random numbers
-    refuse(missing, f"{name} lacks weights of its model, such as {missing[:1]}.")
+    refuse(missing, f"{name} lacks weights of its model, such as {' '.join(missing[:1])}.")
     refuse(not tokenizer.encode("1"), f"{name} lacks its tokenizer (tokenizer.json).")
     check_finite(model.named_parameters(), name)
     if not is_bundled(name):
@@ -1969,10 +1970,14 @@ def curve_of(rows: list[dict], what: str) -> dict[int, float]:
     return {chunk[-1][0]: fmean(y for _, y in chunk) for chunk in chunks}
 
 
+def run_rows(path: Path) -> list[dict]:
+    """The rows of a run's file, none where it is not there yet."""
+    return [row for _, row in read_rows(path)] if path.exists() else []
+
+
 def accuracies(run: Path) -> str:
     """The accuracy before and after training, as far as the run has both."""
-    path = run / "eval.jsonl"
-    rows = [row for _, row in read_rows(path)] if path.exists() else []
+    rows = run_rows(run / "eval.jsonl")
     phases = [
         [row.get("correct") for row in rows if row.get("phase") == p] for p in ("base", "trained")
     ]
@@ -2150,7 +2155,8 @@ def train_command(
     refuse(not task.train, f"The task {settings.task} has only problems for tests.")
     torch.manual_seed(settings.seed)
     policy.model = trainable_model(policy, settings)
-    longest = max(len(policy.prompt_ids(p.question)) for p in task.train + task.test)
+    asked = task.train + task.test[: settings.eval_problems]
+    longest = max(len(policy.prompt_ids(problem.question)) for problem in asked)
     check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
     if dry:
         return dry_run(policy, task.train, settings)
@@ -2264,7 +2270,7 @@ def catch_signals(again: str):
 def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
     """The records of a phase: those in run/eval.jsonl, or new ones, which are added there."""
     path, samples = run / "eval.jsonl", settings.eval_samples
-    old = [row for _, row in read_rows(path)] if path.exists() else []
+    old = run_rows(path)
     done = [row for row in old if row.get("phase") == phase]
     asked = [Problem(*(row.get(part.name) for part in fields(Problem))) for row in done]
     whole = all(row.get("correct") in (0, 1) and row.get("samples") == samples for row in done)
@@ -2383,9 +2389,7 @@ def plot(
     check_writable(output, ".png", ".svg")
     curves = {}
     for run in runs:
-        log = run / "metrics.jsonl"
-        rows = [row for _, row in read_rows(log)] if log.exists() else []
-        if curve := curve_of(rows, what):
+        if curve := curve_of(run_rows(run / "metrics.jsonl"), what):
             curves[f"{run} {accuracies(run)}".strip()] = curve
     refuse(not curves, f"There is no {what} to draw in {', '.join(map(str, runs))}.")
     console.print(curve_table(curves, what))
