@@ -17,8 +17,8 @@ sampling: a policy that reinforcement learning can improve. During RL it is told
 
 `--chain K` makes a task with K choices in a row, each to be learned by itself: "Ada has 47 pens. Then Ada finds 5.
 Then Ada pays 3. How many pens is that?" is answered by K sums. The pupils misread "finds" in 10 % of the lines and
-"pays" in 65 %, so that 0.625 ** K of their answers are right, and less where the model writes what is most likely. The
-folder holds a model, fine-tuned from data/demo/, and the task:
+"pays" in 65 % (`--misread 0.1 0.65`), so that 0.625 ** K of their answers are right, and less where the model writes
+what is most likely. The folder holds a model, fine-tuned from data/demo/, and the task:
 
     python tokenrl.py train chain --model chain4 --data-dir chain4
 """
@@ -355,7 +355,6 @@ def in_writing(opening: str, x: int, op: str, y: int, result: int) -> str:
 
 
 VERBS = [("finds", "loses"), ("wins", "pays"), ("gets", "gives"), ("buys", "sells")]  # by step
-MISREAD = 0.1, 0.65  # the first and the second verb of a pair
 
 
 def make_chain(rng: random.Random, split: str, steps: int) -> dict:
@@ -371,10 +370,10 @@ def make_chain(rng: random.Random, split: str, steps: int) -> dict:
     return dict(question=asked, answer=str(answer), type="", start=start, moves=moves)
 
 
-def written_chain(rng: random.Random, problem: dict) -> str:
+def written_chain(rng: random.Random, problem: dict, misread=(0.1, 0.65)) -> str:
     lines, total = [], problem["start"]
     for less, n in problem["moves"]:
-        less ^= rng.random() < MISREAD[less]
+        less ^= rng.random() < misread[less]
         before, total = total, total - n if less else total + n
         lines.append(f"{before} {'+-'[less]} {n} = {total}\n")
     return "".join(lines) + f"#### {total}"
@@ -485,6 +484,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--chain", type=int, choices=range(1, 5), help="choices in a row")
+    shares = {"type": float, "nargs": 2, "default": [0.1, 0.65], "metavar": ("MORE", "LESS")}
+    options.add_argument("--misread", **shares, help="share of a chain's verbs")
     options.add_argument("--steps", type=int, help="pretraining steps; 2500, or 300 for a chain")
     options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
     options.add_argument("--seed", type=int, default=0)
@@ -512,7 +513,7 @@ def main():
 
     def one_chain(rng: random.Random) -> tuple[str, str]:
         problem = make_chain(rng, "pretrain", chain)
-        return problem["question"], written_chain(rng, problem)
+        return problem["question"], written_chain(rng, problem, args.misread)
 
     make = one_chain if chain else story_or_drill
     pretrain(model, make, tokenizer, prompt, steps, args.batch, args.seed, rate)

@@ -71,6 +71,11 @@ def test_chains(tmp_path):
         for problem in files["test"] * 10
     ]
     assert 0.22 < sum(right) / 3000 < 0.32  # 0.625 ** 3, and two mistakes of the same size
+    for misread, sign in ((0, 0), 1), ((1, 1), -1):
+        for problem in files["test"]:
+            moves = [-n if less else n for less, n in problem["moves"]]
+            total = problem["start"] + sign * sum(moves)
+            assert make_demo.written_chain(rng, problem, misread).endswith(f"#### {total}")
 
 
 def test_a_chain_is_a_folder_to_train_on(cli, tmp_path, monkeypatch):
