@@ -812,10 +812,8 @@ def stored_dtype(folder: str):
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     """(model, tokenizer) of a hub id, a local folder, or "demo"."""
-    folder, device = (
-        str(DATA / "demo") if is_bundled(name) else fetch_model(name),
-        pick_device(device),
-    )
+    folder = str(DATA / "demo") if is_bundled(name) else fetch_model(name)
+    device = pick_device(device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -1341,20 +1339,21 @@ def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
     return {node: value * pi[node] / len(credit) for node, value in credit.items()}
 
 
+METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
+
+
 def credit_function(settings) -> Callable[[Trie, list[float], random.Random], dict[int, float]]:
-    """(trie, rewards, rng) -> {node: weight}, as --method names it: one of the three above with its
-    numbers from the settings, or a function of the user's own."""
-    method, alpha, k = settings.method, settings.alpha, settings.k
+    """(trie, rewards, rng) -> {node: weight}, as --method names it: one of METHODS with its numbers
+    from the settings, or a function of the user's own."""
+    method, alpha, p, k = settings.method, settings.alpha, settings.p, settings.k
     refuse(0 < k < alpha, f"--k {k} must not be less than --alpha {alpha}.")
-    numbers = {"alpha": alpha, "p": settings.p, "k": k or None}
-    own = {
-        "grpo": lambda trie, rewards, rng: grpo_weights(trie, rewards),
-        "s-grpo": lambda trie, rewards, rng: s_grpo_weights(trie, rewards, rng=rng, **numbers),
-        "t-spmo": lambda trie, rewards, rng: t_spmo_weights(trie, rewards),
-    }
-    known = method in own or is_code(method)
-    refuse(not known, f"--method {method} is none of {', '.join(own)}, FILE.py:function.")
-    return own.get(method) or load_function(method)
+    known = method in METHODS or is_code(method)
+    refuse(not known, f"--method {method} is none of {', '.join(METHODS)}, FILE.py:function.")
+    if method == "s-grpo":
+        return lambda trie, rewards, rng: s_grpo_weights(trie, rewards, alpha, p, rng, k or None)
+    if method in METHODS:
+        return lambda trie, rewards, rng: METHODS[method](trie, rewards)
+    return load_function(method)
 
 
 def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> list[tuple]:
@@ -1627,11 +1626,10 @@ def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> 
     """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone
     so that a resumed run sees what the uninterrupted one would have seen."""
     size, first = len(problems), step * count
-    epochs = range(first // size, (first + count - 1) // size + 1)
-    order = [
-        i for epoch in epochs for i in random.Random(f"{seed}/{epoch}").sample(range(size), size)
-    ]
-    return [problems[i] for i in order[first % size :][:count]]
+    order = []
+    for epoch in range(first // size, (first + count - 1) // size + 1):
+        order += random.Random(f"{seed}/{epoch}").sample(problems, size)
+    return order[first % size :][:count]
 
 
 def learning_rate(step: int, settings) -> float:
@@ -1755,10 +1753,8 @@ def load_state(run: Path, model, optimizer) -> dict:
             if strange or params.keys() - saved["weights"].keys():
                 raise ValueError("of another adapter")
             optimizer.load_state_dict(saved["optimizer"])
-            if state["step"]:
-                safetensors.load_file(
-                    run / "adapter_model.safetensors"
-                )  # needed after all training
+            if state["step"]:  # the best adapter, which is needed at the end
+                safetensors.load_file(run / "adapter_model.safetensors")
         if rank_and_world()[0] == 0:
             text = read_text(log) if log.exists() else ""
             lines = text.splitlines(keepends=True)[: state["step"]]  # line n is step n
@@ -2000,7 +1996,6 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
 # ---- 11. Commands -------------------------------------------------------------------------------
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
-METHODS = {"s-grpo": s_grpo_weights, "t-spmo": t_spmo_weights, "grpo": grpo_weights}
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
 MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
