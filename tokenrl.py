@@ -1496,8 +1496,8 @@ def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
 
 
 def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
-    """(loss, log-probs) of a pack; with `beta` times the summed KL to the model without its
-    adapter (k3, Schulman 2020)."""
+    """The loss of a pack, with `beta` times the summed KL to the model without its adapter (k3,
+    Schulman 2020)."""
     logp = packed_logprobs(policy.model, prompt, trie, weights, temperature)
     loss = -(torch.tensor(list(weights.values()), device=logp.device) * logp).sum()
     if beta:
@@ -1505,7 +1505,7 @@ def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], 
             reference = packed_logprobs(policy.model, prompt, trie, weights, temperature)
         gap = reference - logp
         loss = loss + beta * (gap.exp() - gap - 1).sum()
-    return loss, logp.detach()
+    return loss
 
 
 def update(policy, credited: list[tuple], groups: int, optimizer, settings):
@@ -1514,45 +1514,43 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     params = [p for p in policy.model.parameters() if p.requires_grad]
     packs = list(step_packs(credited, settings.max_pack_tokens))
     own = sum(len(weights) for *_, weights in packs)
-    trained, loss_sum, before = sum(gather([own])), 0.0, []
+    trained, loss_sum = sum(gather([own])), 0.0
     scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost
     for prompt, trie, weights in packs:
         share = {node: weight / groups for node, weight in weights.items()}
         beta = settings.beta / trained
-        loss, logp = pack_loss(policy, prompt, trie, share, beta, settings.temperature)
+        loss = pack_loss(policy, prompt, trie, share, beta, settings.temperature)
         (loss * scale).backward()
         loss_sum += loss.item()
-        before.append(logp)
     for p in params:  # the losses of all processes are parts of one sum
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad / scale
         p.grad = accelerate.utils.reduce(p.grad, "sum")
     norm = float(torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM))
     kl, skipped = 0.0, not math.isfinite(norm)
     if trained and not skipped:
-        start = [p.detach().clone() for p in params]
-        optimizer.step()
-        kl, skipped = limit_step(policy, packs, before, params, start, settings)
+        kl, skipped = limited_step(policy, credited, params, optimizer, settings)
     optimizer.zero_grad(set_to_none=True)
     packed = sum(len(prompt) + len(ancestors(trie, weights)) for prompt, trie, weights in packs)
     sums = {"tokens_trained": own, "tokens_packed": packed, "loss": loss_sum}
     return sums, {"grad_norm": norm, "kl": kl, "skipped": skipped}
 
 
-def limit_step(policy, packs, before, params, start, settings) -> tuple[float, bool]:
-    """Shorten the step from `start` until KL(policy before it || after it) is under --target-kl:
-    (that KL, whether nothing is left of the step). The mean of k3 (Schulman 2020) over the first
-    nodes of each process; `before` are the log-probs of its packs."""
-    if packs:
-        prompt, trie, weights = packs[0]
-        nodes = next(split_nodes(trie, list(weights), KL_TOKENS))
-        old = before[0][: len(nodes)]  # split once more, nodes keep their order
+def limited_step(policy, credited, params, optimizer, settings) -> tuple[float, bool]:
+    """Step, and shorten it until KL(policy before it || after it) is under --target-kl: (that KL,
+    whether nothing is left of the step). It is the mean of k3 (Schulman 2020) over some tokens of
+    each process, trained or not, so that one limit suits a method that trains few of them."""
+    whole = [(r, trie, dict.fromkeys(range(len(trie.tokens)), 1.0)) for r, trie, _ in credited]
+    pack = next(step_packs(whole, KL_TOKENS), None)
+
+    def logprobs():
+        with torch.no_grad():
+            return packed_logprobs(policy.model, *pack, settings.temperature)
+
+    old, start = pack and logprobs(), [p.detach().clone() for p in params]
+    optimizer.step()
     for _ in range(8):
-        sums = (0.0, 0)
-        if packs:
-            with torch.no_grad():
-                new = packed_logprobs(policy.model, prompt, trie, nodes, settings.temperature)
-            sums = ((new - old).expm1() - (new - old)).sum().item(), len(nodes)
-        total, count = map(sum, zip(*gather([sums])))
+        gap = logprobs() - old if pack else torch.zeros(0)
+        total, count = map(sum, zip(*gather([((gap.expm1() - gap).sum().item(), len(gap))])))
         kl = total / count
         if kl <= settings.target_kl or not settings.target_kl:
             return kl, False

@@ -857,7 +857,7 @@ def test_non_finite_gradient_is_skipped_and_leaves_the_adapter_alone():
 
 
 def step_of(lr, target_kl, steps=1, **changes):
-    """(model, report, measured KL of the last step over the nodes that it trained)"""
+    """(model, report, measured KL of the last step over all nodes, trained or not)"""
     model = lora(random_model("qwen2"))
     optimizer = tokenrl.new_optimizer(model)
     settings = settings_of(target_kl=target_kl, temperature=0.7, **changes)
@@ -874,15 +874,14 @@ def step_of(lr, target_kl, steps=1, **changes):
 
 
 def by_prefix(model, credited):
-    """{prompt and prefix: log-prob} of all weighted nodes, by plain forward passes."""
+    """{prompt and prefix: log-prob} of all nodes, by plain forward passes."""
     found = {}
-    for rollout, trie, weights in credited:
-        for path, completion in zip(trie.paths, rollout.completions):
+    for rollout, *_ in credited:
+        for completion in rollout.completions:
             with torch.no_grad():
                 logps = plain_logprobs(model, rollout.prompt, completion, 0.7).double().tolist()
-            for t, node in enumerate(path):
-                if node in weights:
-                    found[tuple(rollout.prompt + completion[: t + 1])] = logps[t]
+            for t, logp in enumerate(logps):
+                found[tuple(rollout.prompt + completion[: t + 1])] = logp
     return found
 
 
