@@ -423,4 +423,4 @@ def test_the_file_is_small_and_its_heart_knows_no_screen():
     heart = source.splitlines()[first:last]
     assert not [line for line in heart if re.search(r"\b(typer|rich|console|Table|Text)\b", line)]
     # The goal is 73,728 bytes and 1,700 lines: these may only ever be lowered.
-    assert len(source.encode()) <= 125_600 and len(source.splitlines()) <= 2_470
+    assert len(source.encode()) <= 125_300 and len(source.splitlines()) <= 2_460
