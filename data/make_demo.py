@@ -355,6 +355,7 @@ def in_writing(opening: str, x: int, op: str, y: int, result: int) -> str:
 
 
 VERBS = [("finds", "loses"), ("wins", "pays"), ("gets", "gives"), ("buys", "sells")]  # by step
+MISREAD = 0.1, 0.65  # the first and the second verb of a pair
 
 
 def make_chain(rng: random.Random, split: str, steps: int) -> dict:
@@ -370,7 +371,7 @@ def make_chain(rng: random.Random, split: str, steps: int) -> dict:
     return dict(question=asked, answer=str(answer), type="", start=start, moves=moves)
 
 
-def written_chain(rng: random.Random, problem: dict, misread=(0.1, 0.65)) -> str:
+def written_chain(rng: random.Random, problem: dict, misread=MISREAD) -> str:
     lines, total = [], problem["start"]
     for less, n in problem["moves"]:
         less ^= rng.random() < misread[less]
@@ -484,8 +485,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--chain", type=int, choices=range(1, 5), help="choices in a row")
-    shares = {"type": float, "nargs": 2, "default": [0.1, 0.65], "metavar": ("MORE", "LESS")}
-    options.add_argument("--misread", **shares, help="share of a chain's verbs")
+    options.add_argument("--misread", type=float, nargs=2, default=MISREAD, help="see above")
     options.add_argument("--steps", type=int, help="pretraining steps; 2500, or 300 for a chain")
     options.add_argument("--batch", type=int, default=64, help="problems per pretraining step")
     options.add_argument("--seed", type=int, default=0)
