@@ -38,7 +38,7 @@ import tokenrl  # noqa: E402
 METHODS = ("grpo", "s-grpo", "t-spmo")
 TRL = {"trl": "TRL", "trl-tuned": "TRL*"}  # its defaults; and faster than them, see run_trl
 ENGINES = (*TRL, *METHODS)
-LIMIT = 400  # seconds for one measurement, its loading included
+LIMIT = 900  # seconds for one measurement, its loading included
 GROWTH_LIMIT = 150  # the same where cases grow and are measured once
 GIB = 2**30
 console = Console(highlight=False)
@@ -141,7 +141,8 @@ def sample_all(job: dict, policy, problems: list) -> dict:
             for problem, prompt, completions in zip(asked, prompts, sampled)
         ]
     }
-    cases["gradient"] = [group(prompts[0], [completion[:64] for completion in sampled[0][:4]])]
+    short = [[completion[:64] for completion in completions[:4]] for completions in sampled[:2]]
+    cases["gradient"] = list(map(group, prompts, short))
     if job["growth"]:
         real = prompts[0]
         [wide], [long] = draw([real], 32, 256, never), draw([real], 8, 1024, never)
@@ -307,8 +308,8 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
     """A real GRPOTrainer.train() of two steps, the warm-up and the measured one, which is fed prepared inputs.
 
     TRL gets: the weights in the model's own dtype (by itself it loads float32), the plain autocast of its bf16 option,
-    the same LoRA, no reference model (beta 0), no log-probs of an old policy (num_iterations 1), one batch without
-    accumulation, and its defaults: fused LM head, fused AdamW, gradient checkpointing. "trl-tuned" is better than what
+    the same LoRA, no reference model (beta 0), no log-probs of an old policy (num_iterations 1), a batch for each prompt,
+    accumulated (its default is 8 completions), and its defaults: fused LM head, fused AdamW, gradient checkpointing. "trl-tuned" is better than what
     its options give: no checkpointing, and without Triton (on a CPU) still logits at the completions only, where TRL
     by itself computes them at the prompts too. The learning rate is 0 for both tools, so that all see the same
     adapter. Padding and advantages are not counted in TRL's time; tokenrl's trie and credit are in its own.
@@ -335,14 +336,14 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
         )  # the LM head's choice of rows; its kernels ask elsewhere
     result = {}
 
+    batches = [[warm[0]]] * len(groups) + [[group] for group in groups]  # of both steps
+
     class Fed(trl.GRPOTrainer):
         def _prepare_inputs(self, batch):  # in train(), where a step's rollout would be
-            inputs = trl_inputs(
-                groups if self.state.global_step else warm,
-                self.processing_class.pad_token_id,
-                self.accelerator.device,
-            )
-            meter.start()
+            pad, device = self.processing_class.pad_token_id, self.accelerator.device
+            inputs = trl_inputs(batches.pop(0), pad, device)
+            if len(batches) % len(groups) == len(groups) - 1:  # the first of its step
+                meter.start()
             return inputs
 
     class Watch(tokenrl.transformers.TrainerCallback):
@@ -365,7 +366,8 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
             num_iterations=1,
             max_steps=2,
             learning_rate=0.0,
-            per_device_train_batch_size=len(prompts),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=len(groups),
             num_generations=size,
             bf16=base.dtype == torch.bfloat16,
             gradient_checkpointing=job["engine"] == "trl",
