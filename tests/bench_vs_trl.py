@@ -87,7 +87,7 @@ def child(job: dict) -> dict:
         OSError
     ):  # if memory runs out, the system is to end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
-    asked = {key: job[key] for key in ("model", "task", "dtype")}
+    asked = {key: job[key] for key in ("model", "task", "dtype", "max_pack_tokens")}
     method = job["engine"] if job["engine"] in METHODS else "grpo"
     settings = tokenrl.Settings(**asked, method=method, data_dir=Path(job["data_dir"]))
     policy, task = tokenrl.find_policy(settings)
@@ -647,6 +647,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts a step.", min=1)] = 2,
     group_size: Annotated[int, typer.Option(help="Completions a prompt.", min=2)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.", min=2)] = 200,
+    max_pack_tokens: Annotated[int, typer.Option(help="As in train.", min=1)] = 1024,
     growth: Annotated[
         bool, typer.Option(help="Also vary group, completion and prompt length.")
     ] = True,
@@ -669,6 +670,7 @@ def main(
             "case": "main",
             "file": f"{folder}/completions.json",
             "max_new_tokens": max_new_tokens,
+            "max_pack_tokens": max_pack_tokens,
             "repeat": 0,
             "rollout": False,
         }
@@ -751,6 +753,7 @@ def main(
         "prompts": prompts,
         "group_size": group_size,
         "max_new_tokens": max_new_tokens,
+        "max_pack_tokens": max_pack_tokens,
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
