@@ -308,11 +308,11 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
     """A real GRPOTrainer.train() of two steps, the warm-up and the measured one, which is fed prepared inputs.
 
     TRL gets: the weights in the model's own dtype (by itself it loads float32), the plain autocast of its bf16 option,
-    the same LoRA, no reference model (beta 0), no log-probs of an old policy (num_iterations 1), a batch for each prompt,
-    accumulated (its default is 8 completions), and its defaults: fused LM head, fused AdamW, gradient checkpointing. "trl-tuned" is better than what
-    its options give: no checkpointing, and without Triton (on a CPU) still logits at the completions only, where TRL
-    by itself computes them at the prompts too. The learning rate is 0 for both tools, so that all see the same
-    adapter. Padding and advantages are not counted in TRL's time; tokenrl's trie and credit are in its own.
+    the same LoRA, no reference model (beta 0), no log-probs of an old policy (num_iterations 1), batches of one prompt,
+    accumulated (its default is 8 completions), and its defaults: fused LM head, fused AdamW, gradient checkpointing.
+    "trl-tuned" is better than what its options give: no checkpointing, and without Triton (on a CPU) still logits at
+    the completions only, where TRL by itself computes them at the prompts too. The learning rate is 0 for both tools,
+    so that all see the same adapter. Padding and advantages are not counted in TRL's time; tokenrl's trie and credit are in its own.
     """
     import datasets
     import trl
@@ -334,9 +334,7 @@ def run_trl(job: dict, policy, settings, warm: list[dict], groups: list[dict]) -
         trl.trainer.utils._use_triton = lambda device: (
             True
         )  # the LM head's choice of rows; its kernels ask elsewhere
-    result = {}
-
-    batches = [[warm[0]]] * len(groups) + [[group] for group in groups]  # of both steps
+    result, batches = {}, [warm] * len(groups) + [[group] for group in groups]  # of both steps
 
     class Fed(trl.GRPOTrainer):
         def _prepare_inputs(self, batch):  # in train(), where a step's rollout would be
@@ -647,7 +645,9 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts a step.", min=1)] = 2,
     group_size: Annotated[int, typer.Option(help="Completions a prompt.", min=2)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.", min=2)] = 200,
-    max_pack_tokens: Annotated[int, typer.Option(help="As in train.", min=1)] = 1024,
+    max_pack_tokens: Annotated[int, typer.Option(help="As in train.", min=1)] = (
+        tokenrl.Settings.max_pack_tokens
+    ),
     growth: Annotated[
         bool, typer.Option(help="Also vary group, completion and prompt length.")
     ] = True,
