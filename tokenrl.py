@@ -7,7 +7,7 @@
 """tokenrl: teach a language model to reason with reinforcement learning, on the hardware you have.
 
     python tokenrl.py train svamp                   # bundled demo on a laptop, Qwen2-1.5B on a GPU
-    python tokenrl.py train svamp --method t-spmo   # credit only where completions branch
+    python tokenrl.py train svamp --method t-spmo   # credit only where completions part
     python tokenrl.py eval svamp --adapter runs/svamp-s-grpo
     python tokenrl.py prep questions.csv            # your own questions and answers
 
@@ -53,7 +53,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from fnmatch import fnmatch
 from fractions import Fraction
 from functools import partial
 from itertools import cycle, groupby
@@ -160,7 +159,7 @@ class Settings:
     lora_layers: float = option(
         1 / 3, "Share of layers, from the last.", "Update", TRAIN, low=1e-3, high=1, shown="1/3"
     )
-    max_pack_tokens: int = option(1024, "Tokens in one forward pass.", "Update", TRAIN, low=1)
+    max_pack_tokens: int = option(512, "Tokens in one forward pass.", "Update", TRAIN, low=1)
 
     validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN)
     patience: int = option(5, "Validations without gain before the end.", "Run", TRAIN, low=1)
@@ -384,8 +383,7 @@ def product(a: int, b: int) -> str:
 
 
 def worked_example(text: str) -> dict:
-    question, answer = text.split("\n", 1)
-    return {"question": question, "answer": answer}
+    return dict(zip(("question", "answer"), text.split("\n", 1)))
 
 
 STORY_EXAMPLES = [worked_example(story) for story in STORIES.split("\n\n")]
@@ -586,8 +584,7 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     left, right = (range(max(2, 10 ** (n - 1)), 10**n) for n in sizes)  # times 1 teaches nothing
     total = len(left) * len(right)
     different = (total + len(left)) // 2 if left == right else total
-    too_many = f"--count {count}: --digits {digits} gives only {different} products."
-    refuse(count > different, too_many)
+    refuse(count > different, f"--count {count}: --digits {digits} gives {different} products.")
     pairs = {}
     for i in random.Random(seed).sample(range(total), min(total, 2 * count)):  # a * b and b * a
         a, b = left[i // len(right)], right[i % len(right)]
@@ -601,15 +598,14 @@ def write_task(name, problems, examples, test_share, seed, data_dir, decimal="",
     problems = random.Random(seed).sample(problems, len(problems))
     test = round(len(problems) * test_share) if 0 < test_share <= 1 else 0
     train, folder = len(problems) - test, data_dir / name
-    too_few = f"{len(problems)} usable problems: too few for --test-share {test_share}."
-    refuse(not test, too_few)
+    refuse(not test, f"{len(problems)} usable problems: too few for --test-share {test_share}.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {"rejected.jsonl": rejected, "task.json": [{"decimal": decimal}]}
     if not (folder / "examples.jsonl").exists():  # else they are the user's
         files["examples.jsonl"] = examples
     files["test.jsonl"] = [asdict(problem) for problem in problems[train:]]
     files["train.jsonl"] = [asdict(problem) for problem in problems[:train]]
-    for file, rows in files.items():  # a full disk is noticed while the old files are there
+    for file, rows in files.items():  # a full disk shows while the old files are there
         write_jsonl(folder / f"{file}.new", rows)
     (folder / "train.jsonl").unlink(missing_ok=True)  # comes last: where it is, all fit
     for file in files:
@@ -665,18 +661,16 @@ def prep(
     elif what == "multiply":
         problems, examples = multiply_problems(digits, count, seed), MULTIPLY_EXAMPLES
     else:
-        columns = question, answer
-        problems, rejected, decimal = file_problems(Path(what), *columns, reward, decimal)
+        problems, rejected, decimal = file_problems(Path(what), question, answer, reward, decimal)
     for row in rejected[:10]:
         console.print(f"rejected line {row['line']}: {row['reason']}")
     split = test_share, seed, data_dir
     train, test = write_task(name, problems, examples, *split, decimal or "", rejected)
     counts = f"{train:,} to train, {test:,} to test, {len(rejected):,} in rejected.jsonl"
     console.print(f"{data_dir / name}: {counts}", soft_wrap=True)
-    words = ["python", "tokenrl.py", "train" if train else "eval", name]
-    words += [] if reward == "number" else ["--reward", reward]
-    words += [] if data_dir == DATA else ["--data-dir", data_dir.as_posix()]
-    console.print("Next:", shlex.join(words), soft_wrap=True)
+    where = Settings(reward=reward, data_dir=data_dir)
+    again = to_paste(["train" if train else "eval", name], where, ["reward"])
+    console.print("Next:", again, soft_wrap=True)
 
 
 def fetch_model(name: str) -> str:
@@ -692,17 +686,15 @@ def fetch_model(name: str) -> str:
     fetch = partial(snapshot_download, name, allow_patterns=files, ignore_patterns="*/*")
     try:
         with ThreadPool(1) as pool:  # the client's own time limit begins anew for each address
-            found = pool.apply_async(model_info, [name]).get(5)  # seconds
-        if not any(fnmatch(file.rfilename, files[-1]) for file in found.siblings):
-            files[-1] = "pytorch_model*.bin"
+            pool.apply_async(model_info, [name]).get(5)  # seconds
         return fetch()
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         fault = "is no folder and not on the hub; check the spelling (private: hf auth login)"
         raise UserError(f"{name} {fault}.") from None
-    except Exception as error:  # of many kinds, which differ between the client's versions
+    except Exception as error:  # of kinds that differ by version
         with contextlib.suppress(FileNotFoundError):
             folder = fetch(local_files_only=True)
-            if any(file.suffix in (".safetensors", ".bin") for file in Path(folder).iterdir()):
+            if any(Path(folder).glob("*.safetensors")):
                 return folder
         reason = first_line(error) if str(error) else "no answer"
         fault = f"is no folder here and cannot be had from the hub now ({reason})"
@@ -821,7 +813,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         kind = pick_dtype(dtype, device, stored_dtype(folder))
         model, found = load(folder, dtype=kind, output_loading_info=True)
-    except Exception as error:  # broken files end in errors of many kinds
+    except Exception as error:  # broken files: of any kind
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
@@ -858,9 +850,24 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     options = {"r": rank, "lora_alpha": alpha, "target_modules": wanted, "task_type": "CAUSAL_LM"}
     options["layers_to_transform"] = list(range(first, len(stack)))
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(**options))
+        return recomputing(peft.get_peft_model(model, peft.LoraConfig(**options)))
     except ValueError as error:
         raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
+
+
+def recomputing(model):
+    """The model, whose layers keep their input alone and compute the rest again in the backward
+    pass (Chen et al. 2016, arXiv 1604.06174)."""
+
+    def lean(forward, *inputs, **options):
+        if torch.is_grad_enabled() and options.get("past_key_values") is None:
+            options["use_reentrant"] = False
+            forward = partial(torch.utils.checkpoint.checkpoint, forward)
+        return forward(*inputs, **options)
+
+    for layer in base_of(model).get_decoder().layers:
+        layer.forward = partial(lean, layer.forward)
+    return model
 
 
 def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
@@ -884,7 +891,7 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
     except Exception as error:  # other people's files
         raise UserError(f"{folder} does not fit {given}: {first_line(error)}") from None
     check_finite(found.items(), path)
-    return model
+    return recomputing(model) if trainable else model
 
 
 def save_checkpoint(thing, folder: Path, **options) -> None:
@@ -1067,7 +1074,7 @@ def draw(logits, temperature: float, generator):
         tokens = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
     logps = probs.gather(1, tokens[:, None])[:, 0].log()
     log_total = scores.gather(1, tokens[:, None])[:, 0] - logps  # of exp(scores)
-    entropies = log_total - scores.mul_(probs).sum(-1)  # in place: a third array would be slow
+    entropies = log_total - scores.mul_(probs).sum(-1)  # in place: a third array is slow
     return torch.where(entropies.isfinite(), tokens, -1), entropies.clamp_(min=0), logps
 
 
@@ -1075,7 +1082,7 @@ def _invert(probs, generator):
     """Draw by inverting the cumulative distribution in float64, first over blocks, then within one:
     on a CPU torch.multinomial is slower than the model."""
     size = probs.shape[1]
-    if size % BLOCK:  # padding makes a copy
+    if size % BLOCK:  # that makes a copy
         probs = torch.nn.functional.pad(probs, (0, -size % BLOCK))
     blocks = probs.unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1).double()  # [rows, V / BLOCK]
@@ -1163,13 +1170,8 @@ def _step(base, cache, ids, visible):
     positions = (visible.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if ids.shape[1] == 1:
         visible = blocked(~visible, base.dtype)[:, None, None]
-    output = base.get_decoder()(
-        input_ids=ids,
-        attention_mask=visible,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
+    options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+    output = base.get_decoder()(input_ids=ids, attention_mask=visible, **options)
     return output.last_hidden_state[:, -1].contiguous()
 
 
@@ -1759,7 +1761,7 @@ def load_state(run: Path, model, optimizer) -> dict:
             if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
                 raise ValueError("steps are missing")
             write_atomically(log, "".join(lines))
-    except Exception as error:  # torn files end in errors of many kinds
+    except Exception as error:  # torn files: of any kind
         damage = f"state.pt or metrics.jsonl in {run} is damaged ({first_line(error)})"
         raise UserError(f"{damage}; --adapter {run} starts anew from it.") from None
     return state
@@ -1972,9 +1974,7 @@ def run_rows(path: Path) -> list[dict]:
 def accuracies(run: Path) -> str:
     """The accuracy before and after training, as far as the run has both."""
     rows = run_rows(run / "eval.jsonl")
-    phases = [
-        [row.get("correct") for row in rows if row.get("phase") == p] for p in ("base", "trained")
-    ]
+    phases = [[r.get("correct") for r in rows if r.get("phase") == p] for p in ("base", "trained")]
     whole = all(phases) and all(map(is_number, sum(phases, [])))
     return " → ".join(f"{fmean(phase):.1%}" for phase in phases) if whole else ""
 
@@ -2246,7 +2246,7 @@ def catch_signals(again: str):
         if stop:
             raise SystemExit(128 + number)
         stop.append(number)
-        console.print("Stopping after this step or batch (press again to give up at once) ...")
+        console.print("Stopping after this step or batch (press again to give up) ...")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2321,7 +2321,7 @@ def eval_command(
         return
     if output:
         rows = [{"policy": name, **record} for name in results for record in results[name]]
-        with open(output, "w", encoding="utf-8") as file:  # through a link, into a device
+        with open(output, "w", encoding="utf-8") as file:  # a link, a device
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
@@ -2434,7 +2434,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="replace")  # for consoles that cannot show a table's lines
+            stream.reconfigure(errors="replace")  # some cannot show a table's lines
     try:
         app(arguments)
     except Exception as error:

@@ -34,11 +34,12 @@ SHAPE = dict(
     tie_word_embeddings=True,
     eos_token_id=151643,
 )
+USUAL = tokenrl.Settings.max_pack_tokens
 CASES = {  # method, pack tokens
-    "grpo": ("grpo", 1024),
-    "s-grpo": ("s-grpo", 1024),
-    "s-grpo --max-pack-tokens 512": ("s-grpo", 512),
-    "t-spmo": ("t-spmo", 1024),
+    "grpo": ("grpo", USUAL),
+    "s-grpo": ("s-grpo", USUAL),
+    "s-grpo --max-pack-tokens 2048": ("s-grpo", 2048),
+    "t-spmo": ("t-spmo", USUAL),
 }
 
 

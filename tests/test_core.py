@@ -546,6 +546,31 @@ def tiny():
     return model
 
 
+def kept_and_gradients(model, trie):
+    """(bytes that autograd keeps of a packed pass, the gradients after it)"""
+    kept = []
+    keep = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+    )
+    with keep:
+        loss = tokenrl.packed_logprobs(model, [3, 4], trie, range(len(trie.tokens))).sum()
+    return sum(kept), gradients(model, loss)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_layers_keep_their_input_alone_for_the_backward_pass(loaded, saved, monkeypatch):
+    trie, found = tokenrl.Trie(random_completions(random.Random(0), 6, 8)), []
+    for change in (lambda model: model, tokenrl.recomputing):
+        monkeypatch.setattr(tokenrl, "recomputing", change)
+        model = lora(tiny())
+        if loaded:
+            model = tokenrl.load_adapter(tiny(), saved[0], "default", "tiny", trainable=True)
+        found.append(kept_and_gradients(model, trie))
+    (whole, expected), (lean, same) = found
+    assert lean < whole / 3
+    assert torch.equal(same, expected) and same.any()
+
+
 def test_an_adapter_comes_back_as_it_was_saved(saved):
     run, model = saved
     again = tokenrl.load_adapter(tiny(), run, "default", "tiny", trainable=True)

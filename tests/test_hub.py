@@ -31,7 +31,7 @@ except tokenrl.UserError as error:
 class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     files, asked = {}, []
-    names = {"org/tiny", "org/bins", "org/slow", "org/broken", "Qwen/Qwen2-1.5B"}
+    names = {"org/tiny", "org/slow", "org/broken", "Qwen/Qwen2-1.5B"}
     cuts = {"org/tiny": 1, "org/broken": 99}  # how many downloads of the weights end in the middle
 
     def log_message(self, *_):
@@ -41,26 +41,21 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(f"{self.command} {self.path}")
         path = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
         name, rest = "/".join(path[:2]), path[2:]
-        files = {
-            file: body
-            for file, body in self.files.items()
-            if name != "org/bins" or not file.endswith(".safetensors")
-        }
         if name == "org/silent":
             time.sleep(12)
             self.close_connection = True
         elif name not in self.names:
             self.reply(404, b"{}", X_Error_Code="RepoNotFound")
         elif rest[:1] == ["resolve"]:
-            self.send_file(name, files["/".join(rest[2:])])
+            self.send_file(name, self.files["/".join(rest[2:])])
         elif rest[:1] == ["tree"]:
             rows = [
                 {"type": "file", "path": f, "size": len(b), "oid": etag(b)}
-                for f, b in files.items()
+                for f, b in self.files.items()
             ]
             self.reply(200, json.dumps(rows).encode())
         else:
-            siblings = [{"rfilename": file} for file in files]
+            siblings = [{"rfilename": file} for file in self.files]
             self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
 
     do_HEAD = do_GET
@@ -177,7 +172,7 @@ def test_the_default_model_and_a_wrong_name(start):
 def test_slow_silent_and_broken_hubs(start):
     began = time.monotonic()
     silent = start("fetch", "org/silent")
-    slow, broken, bins = (start("fetch", f"org/{name}") for name in ("slow", "broken", "bins"))
+    slow, broken = (start("fetch", f"org/{name}") for name in ("slow", "broken"))
     refused, offline = (
         start("fetch", "org/tiny", **NOBODY),
         start("fetch", "org/x", HF_HUB_OFFLINE="1"),
@@ -194,7 +189,6 @@ def test_slow_silent_and_broken_hubs(start):
     Hub.cuts["org/broken"] = 0
     assert said(start("fetch", "org/broken")) == f"files: {needed}"
     assert said(start("fetch", "org/broken", **NOBODY)) == f"files: {needed}"
-    assert said(bins) == "files: " + needed.replace("model.safetensors", "pytorch_model.bin")
     assert "refused" in said(refused)
     assert "offline mode" in said(offline)
     assert not any(
