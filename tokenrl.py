@@ -691,7 +691,7 @@ def fetch_model(name: str) -> str:
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         fault = "is no folder and not on the hub; check the spelling (private: hf auth login)"
         raise UserError(f"{name} {fault}.") from None
-    except Exception as error:  # of kinds that differ by version
+    except Exception as error:  # kinds differ by version
         with contextlib.suppress(FileNotFoundError):
             folder = fetch(local_files_only=True)
             if any(Path(folder).glob("*.safetensors")):
@@ -813,7 +813,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         kind = pick_dtype(dtype, device, stored_dtype(folder))
         model, found = load(folder, dtype=kind, output_loading_info=True)
-    except Exception as error:  # broken files: of any kind
+    except Exception as error:  # broken files: any kind
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
@@ -822,7 +822,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     refuse(not tokenizer.encode("1"), f"{name} lacks its tokenizer (tokenizer.json).")
     check_finite(model.named_parameters(), name)
     if not is_bundled(name):
-        model.name_or_path = name  # what adapters are said to be made for
+        model.name_or_path = name  # what adapters say they are for
     return model.eval().to(device), tokenizer  # no dropout: train what was sampled from
 
 
@@ -856,11 +856,12 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
 
 
 def recomputing(model):
-    """The model, whose layers keep their input alone and compute the rest again in the backward
-    pass (Chen et al. 2016, arXiv 1604.06174)."""
+    """Let layers keep their input alone and compute the rest again in the backward pass (Chen et
+    al. 2016, arXiv 1604.06174)."""
 
     def lean(forward, *inputs, **options):
-        if torch.is_grad_enabled() and options.get("past_key_values") is None:
+        cached = any(isinstance(x, transformers.Cache) for x in options.values())
+        if torch.is_grad_enabled() and not cached:  # it would grow twice
             options["use_reentrant"] = False
             forward = partial(torch.utils.checkpoint.checkpoint, forward)
         return forward(*inputs, **options)
@@ -888,7 +889,7 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
         wanted = peft.get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
         if strange := found.keys() ^ wanted.keys():  # peft would only warn
             raise ValueError(f"{min(strange)} is on one side only")
-    except Exception as error:  # other people's files
+    except Exception as error:  # a stranger's files
         raise UserError(f"{folder} does not fit {given}: {first_line(error)}") from None
     check_finite(found.items(), path)
     return recomputing(model) if trainable else model
@@ -1074,7 +1075,7 @@ def draw(logits, temperature: float, generator):
         tokens = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
     logps = probs.gather(1, tokens[:, None])[:, 0].log()
     log_total = scores.gather(1, tokens[:, None])[:, 0] - logps  # of exp(scores)
-    entropies = log_total - scores.mul_(probs).sum(-1)  # in place: a third array is slow
+    entropies = log_total - scores.mul_(probs).sum(-1)  # in place: a third is slow
     return torch.where(entropies.isfinite(), tokens, -1), entropies.clamp_(min=0), logps
 
 
@@ -1380,7 +1381,7 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
 
 TRAINED_ROWS = 64  # of [vocabulary] logits at a time; fewer would be scattered over malloc's heap
 MAX_GRAD_NORM = 1.0
-KL_TOKENS = 256  # so many are enough to estimate how far a step goes
+KL_TOKENS = 256  # enough to estimate how far a step goes
 
 
 def ancestors(trie: Trie, nodes) -> set[int]:
@@ -1602,7 +1603,7 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         peaks["peak_memory"] = peak_memory(device)
         row = {"step": step + 1, "lr": lr} | step_metrics(policy, rollouts, replays, sums, peaks)
         state["step"] = step + 1
-        stopping = any(gather([bool(stop)]))  # all processes leave after the same step
+        stopping = any(gather([bool(stop)]))  # all leave after the same step
         if held_out and due(step + 1, settings.validate_every, settings):
             row["validation"] = validate(policy, held_out, settings)
         saving = "validation" in row or stopping or due(step + 1, settings.save_every, settings)
@@ -1619,7 +1620,7 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
 
 # ---- 9. Around the loop: schedule, processes, metrics, saving and resuming, evaluation ----------
 
-DEAD_STEPS = 5  # so many in a row without anything to learn from end a run
+DEAD_STEPS = 5  # so many in a row with nothing to learn from end a run
 
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -1761,7 +1762,7 @@ def load_state(run: Path, model, optimizer) -> dict:
             if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
                 raise ValueError("steps are missing")
             write_atomically(log, "".join(lines))
-    except Exception as error:  # torn files: of any kind
+    except Exception as error:  # torn files: any kind
         damage = f"state.pt or metrics.jsonl in {run} is damaged ({first_line(error)})"
         raise UserError(f"{damage}; --adapter {run} starts anew from it.") from None
     return state
@@ -2041,7 +2042,7 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
         if svamp and not device.startswith("cuda"):
             settings.model = "demo"
             console.print("There is no CUDA GPU in use, so this is the small bundled model.")
-            console.print(f"For the real thing: --model {DEFAULT_MODEL}, or a folder.")
+            console.print(f"The real thing: --model {DEFAULT_MODEL}, or a folder.")
     name, bundled, demo = settings.model, is_bundled(settings.model), DATA / "demo"
     alone = bundled and not demo.is_dir()
     refuse(alone, f"There is no {demo}: copy that folder too, or name a --model.")
@@ -2208,7 +2209,7 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
                 tick(1 if rows else row["step"])
                 rows.append(row)
         if any(gather([bool(stop)])):
-            stop.append(signal.SIGTERM)  # where it was another process that got a signal
+            stop.append(signal.SIGTERM)  # where another process got the signal
             return
         kept = safetensors.load_file(run / "adapter_model.safetensors")
         peft.set_peft_model_state_dict(policy.model, kept)
