@@ -583,8 +583,8 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     sizes = int(found[1]), int(found[2] or found[1])
     left, right = (range(max(2, 10 ** (n - 1)), 10**n) for n in sizes)  # times 1 teaches nothing
     total = len(left) * len(right)
-    different = (total + len(left)) // 2 if left == right else total
-    refuse(count > different, f"--count {count}: --digits {digits} gives {different} products.")
+    most = (total + len(left)) // 2 if left == right else total
+    refuse(count > most, f"--count {count}: --digits {digits} gives only {most} products.")
     pairs = {}
     for i in random.Random(seed).sample(range(total), min(total, 2 * count)):  # a * b and b * a
         a, b = left[i // len(right)], right[i % len(right)]
@@ -668,9 +668,9 @@ def prep(
     train, test = write_task(name, problems, examples, *split, decimal or "", rejected)
     counts = f"{train:,} to train, {test:,} to test, {len(rejected):,} in rejected.jsonl"
     console.print(f"{data_dir / name}: {counts}", soft_wrap=True)
-    where = Settings(reward=reward, data_dir=data_dir)
-    again = to_paste(["train" if train else "eval", name], where, ["reward"])
-    console.print("Next:", again, soft_wrap=True)
+    chosen = Settings(reward=reward, data_dir=data_dir)
+    command = to_paste(["train" if train else "eval", name], chosen, ["reward"])
+    console.print("Next:", command, soft_wrap=True)
 
 
 def fetch_model(name: str) -> str:
@@ -691,7 +691,7 @@ def fetch_model(name: str) -> str:
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         fault = "is no folder and not on the hub; check the spelling (private: hf auth login)"
         raise UserError(f"{name} {fault}.") from None
-    except Exception as error:  # kinds differ by version
+    except Exception as error:  # of any kind
         with contextlib.suppress(FileNotFoundError):
             folder = fetch(local_files_only=True)
             if any(Path(folder).glob("*.safetensors")):
@@ -813,7 +813,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         kind = pick_dtype(dtype, device, stored_dtype(folder))
         model, found = load(folder, dtype=kind, output_loading_info=True)
-    except Exception as error:  # broken files: any kind
+    except Exception as error:  # broken files
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
@@ -857,13 +857,12 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
 
 def recomputing(model):
     """Let layers keep their input alone and compute the rest again in the backward pass (Chen et
-    al. 2016, arXiv 1604.06174)."""
+    al. 2016, arXiv 1604.06174); not with a cache: it would grow twice."""
 
     def lean(forward, *inputs, **options):
-        cached = any(isinstance(x, transformers.Cache) for x in options.values())
-        if torch.is_grad_enabled() and not cached:  # it would grow twice
-            options["use_reentrant"] = False
-            forward = partial(torch.utils.checkpoint.checkpoint, forward)
+        learns = torch.is_grad_enabled()  # first: rollouts come here too
+        if learns and not any(isinstance(x, transformers.Cache) for x in options.values()):
+            forward = partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
         return forward(*inputs, **options)
 
     for layer in base_of(model).get_decoder().layers:
@@ -1075,7 +1074,7 @@ def draw(logits, temperature: float, generator):
         tokens = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
     logps = probs.gather(1, tokens[:, None])[:, 0].log()
     log_total = scores.gather(1, tokens[:, None])[:, 0] - logps  # of exp(scores)
-    entropies = log_total - scores.mul_(probs).sum(-1)  # in place: a third is slow
+    entropies = log_total - scores.mul_(probs).sum(-1)  # in place: a third array is slow
     return torch.where(entropies.isfinite(), tokens, -1), entropies.clamp_(min=0), logps
 
 
@@ -1083,7 +1082,7 @@ def _invert(probs, generator):
     """Draw by inverting the cumulative distribution in float64, first over blocks, then within one:
     on a CPU torch.multinomial is slower than the model."""
     size = probs.shape[1]
-    if size % BLOCK:  # that makes a copy
+    if size % BLOCK:  # padding makes a copy
         probs = torch.nn.functional.pad(probs, (0, -size % BLOCK))
     blocks = probs.unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1).double()  # [rows, V / BLOCK]
@@ -1762,7 +1761,7 @@ def load_state(run: Path, model, optimizer) -> dict:
             if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
                 raise ValueError("steps are missing")
             write_atomically(log, "".join(lines))
-    except Exception as error:  # torn files: any kind
+    except Exception as error:  # torn files
         damage = f"state.pt or metrics.jsonl in {run} is damaged ({first_line(error)})"
         raise UserError(f"{damage}; --adapter {run} starts anew from it.") from None
     return state
@@ -2322,7 +2321,7 @@ def eval_command(
         return
     if output:
         rows = [{"policy": name, **record} for name in results for record in results[name]]
-        with open(output, "w", encoding="utf-8") as file:  # a link, a device
+        with open(output, "w", encoding="utf-8") as file:  # links, devices
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(*changes(results, shown), sep="\n")
     console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
