@@ -159,7 +159,9 @@ class Settings:
     lora_layers: float = option(
         1 / 3, "Share of layers, from the last.", "Update", TRAIN, low=1e-3, high=1, shown="1/3"
     )
-    max_pack_tokens: int = option(512, "Tokens in one forward pass.", "Update", TRAIN, low=1)
+    max_pack_tokens: int | None = option(
+        None, "Tokens in one forward pass.", "Update", TRAIN, low=1, shown="512; 4096 with CUDA"
+    )
 
     validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN)
     patience: int = option(5, "Validations without gain before the end.", "Run", TRAIN, low=1)
@@ -701,7 +703,7 @@ def fetch_model(name: str) -> str:
         raise UserError(f"{name} {fault}; try again, or give a folder or demo.") from None
 
 
-# ---- 4. Policy: model, tokenizer, LoRA, prompts, memory meter -----------------------------------
+# ---- 4. Policy: model, tokenizer, LoRA, prompts, memory meter, a card's graphs ------------------
 
 
 @dataclass
@@ -1026,10 +1028,54 @@ def deviations(model, tokenizer) -> dict[str, float]:
     return {"logits": logits, "sampling": drawn, "packing": packed}
 
 
+def graph_step(base, cache, visible, room: int) -> Callable:
+    """`_step` as a CUDA graph, for the next `room` tokens of all rows: a replay does not wait for
+    Python to launch a thousand kernels. Nothing can move in it, so `cache` gets their places now,
+    the last of `visible`."""
+    place = torch.tensor([visible.shape[1] - room], device=base.device)
+    ids = place.new_zeros(len(visible), 1)
+
+    def write(places, *new, **_):  # keys, values, and what else a model passes
+        return [old.index_copy_(2, place, own) for old, own in zip(places, new)]
+
+    for layer in cache.layers:
+        longer = partial(torch.nn.functional.pad, pad=(0, 0, 0, room))
+        layer.keys, layer.values = longer(layer.keys), longer(layer.values)
+        layer.update = partial(write, (layer.keys, layer.values))  # with the layer: a cycle
+
+    def step():
+        visible.index_fill_(1, place, True)
+        hidden = _step(base, cache, visible, ids)
+        place.add_(1)
+        return hidden
+
+    replay = captured(step)
+    place.fill_(visible.shape[1] - room)
+    return lambda tokens: (ids.copy_(tokens), replay())[1]
+
+
+def captured(step: Callable) -> Callable:
+    """`step`, called once, since what a first call loads cannot be captured, and then captured."""
+    step()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # NCCL has a thread of its own
+            try:
+                result = step()
+            finally:
+                graph.capture_end()
+    except RuntimeError:  # it waits for a value, as a mixture of experts does
+        return step
+    return lambda: graph.replay() or result
+
+
 # ---- 5. Rollout: sampling groups of completions -------------------------------------------------
 
 SAMPLED_ROWS = 48  # of [vocabulary] logits at a time: with 152k tokens below malloc's 32 MiB
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32
+GRAPHS = {"cuda": 128}  # where decoding is captured: tokens of a graph
 
 
 @dataclass
@@ -1162,10 +1208,10 @@ def _prefill(base, prompts: list[list[int]]):
     visible = torch.ones(len(rests), len(shared) + longest, dtype=torch.bool, device=base.device)
     for row, rest in zip(visible, rests):
         row[len(shared) : len(shared) + longest - len(rest)] = False  # padding
-    return cache, _step(base, cache, ids, visible), visible
+    return cache, _step(base, cache, visible, ids), visible
 
 
-def _step(base, cache, ids, visible):
+def _step(base, cache, visible, ids):
     """Final hidden states [B, width] of the last of `ids` [B, n], which follow what is cached."""
     positions = (visible.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if ids.shape[1] == 1:
@@ -1184,26 +1230,32 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
     cache.batch_repeat_interleave(count)
     hidden, visible = hidden.repeat_interleave(count, 0), visible.repeat_interleave(count, 0)
     completions = [([], [], []) for _ in owners]
-    live = list(range(len(owners)))
+    live, finished = list(range(len(owners))), set()  # whose each row is; who needs no more
+    room, left = GRAPHS.get(base.device.type, 1), 0
     while True:
         chunks = hidden.split(SAMPLED_ROWS)
         parts = [draw(logits_of(model, chunk), temperature, generator) for chunk in chunks]
         columns = [torch.cat(column) for column in zip(*parts)]
         for row, *values in zip(live, *(column.tolist() for column in columns)):
-            for part, value in zip(completions[row], values):
+            for part, value in zip(completions[row] if row not in finished else (), values):
                 part.append(value)
         tokens = columns[0]
         if tokens.min() < 0:
             raise UserError("The logits are not finite; try a lower --lr or --dtype float32.")
-        keep = [i for i, row in enumerate(live) if not ended(owners[row], completions[row][0])]
-        if not keep:
+        finished.update(row for row in live if ended(owners[row], completions[row][0]))
+        if len(finished) == len(owners):
             return completions
-        if len(keep) < len(live):  # finished rows would cost as much as the others
-            live, index = [live[i] for i in keep], torch.tensor(keep, device=base.device)
-            cache.batch_select_indices(index)
-            tokens, visible = tokens[index], visible[index]
-        visible = torch.nn.functional.pad(visible, (0, 1), value=True)
-        hidden = _step(base, cache, tokens[:, None], visible)
+        if not left:  # rows can leave between graphs only
+            keep = [i for i, row in enumerate(live) if row not in finished]
+            if len(keep) < len(live):  # finished rows would cost as much as the others
+                live, index = [live[i] for i in keep], torch.tensor(keep, device=base.device)
+                cache.batch_select_indices(index)
+                tokens, visible = tokens[index], visible[index]
+            visible, left = torch.nn.functional.pad(visible, (0, room), value=room == 1), room
+            step = partial(_step, base, cache, visible)
+            if room > 1:
+                step = graph_step(base, cache, visible, room)
+        hidden, left = step(tokens[:, None]), left - 1
 
 
 def ask(policy, prompts, count: int, settings, temperature: float, seed: int, prefixes=None):
@@ -1514,7 +1566,8 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     """One optimizer step on the mean loss over the `groups` of all processes, none if its gradient
     is not finite. Returns metrics of this process: to add up, and to take the maximum of."""
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    packs = list(step_packs(credited, settings.max_pack_tokens))
+    card = base_of(policy.model).device.type == "cuda"  # it waits for each pass to be launched
+    packs = list(step_packs(credited, settings.max_pack_tokens or (4096 if card else 512)))
     own = sum(len(weights) for *_, weights in packs)
     trained, loss_sum = sum(gather([own])), 0.0
     scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost

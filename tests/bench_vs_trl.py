@@ -645,9 +645,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts a step.", min=1)] = 2,
     group_size: Annotated[int, typer.Option(help="Completions a prompt.", min=2)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.", min=2)] = 200,
-    max_pack_tokens: Annotated[int, typer.Option(help="As in train.", min=1)] = (
-        tokenrl.Settings.max_pack_tokens
-    ),
+    max_pack_tokens: Annotated[int | None, typer.Option(help="As in train.", min=1)] = None,
     growth: Annotated[
         bool, typer.Option(help="Also vary group, completion and prompt length.")
     ] = True,

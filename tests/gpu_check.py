@@ -19,6 +19,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +62,8 @@ def errors(dtype: str) -> dict:
         if "lora_B" in name:  # zero at the start, and with it the gradient of A
             torch.nn.init.normal_(parameter, std=0.05)
     options = {"max_new_tokens": 24, "ends": set(), "with_stats": True}
-    [completions], _, [drawn] = tokenrl.sample(model, None, [prompt], 8, **options)
+    with mock.patch.dict(tokenrl.GRAPHS, {"cuda": 16}):  # two of them
+        [completions], _, [drawn] = tokenrl.sample(model, None, [prompt], 8, **options)
     ids = torch.tensor([prompt + completion for completion in completions], device=DEVICE)
     share = torch.tensor([1.0, -1.0] * 4, device=DEVICE).repeat_interleave(24)
 
@@ -100,12 +102,12 @@ def torchrun(arguments: list[str]) -> None:
         process.terminate()  # when its time is over; torchrun passes it on
 
 
-def trained(run, method: str) -> dict:
+def trained(run, *options: str) -> dict:
     """The command line in an empty folder; in this process, where it can, to import things once."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), open("log", "w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                run([*TRAIN.split(), "--method", method])
+                run([*TRAIN.split(), "--method", *options])
             except SystemExit as end:
                 if end.code:
                     raise RuntimeError(Path("log").read_text()[-400:]) from None
@@ -130,20 +132,36 @@ def large():
 
 
 def decoded(rows: int) -> dict:
-    """Tokens a second of `sample` and of generate, and what part of the time of `sample` the card
-    needs to read the weights once for each position: decoding cannot be faster."""
-    model, prompt, source = large(), list(range(64)), torch.ones(2**26, device=DEVICE)
-    speed = 2 * source.nbytes / min(measured(source.clone)["s"] for _ in range(5))  # read, written
+    """Tokens a second of `sample`, of it without graphs and of generate, and what part of the time
+    of `sample` the card needs to read the weights once for each position: the least there is."""
+    model, prompt = large(), list(range(64))
+    source, target = torch.ones(2, 2**26, device=DEVICE)
     ids = torch.tensor([prompt] * rows, device=DEVICE)
     options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "attention_mask": torch.ones_like(ids)}
-    with torch.inference_mode():
-        for length in (2, DECODED):  # the first to warm up
-            limit = {"max_new_tokens": length}
-            ours = measured(tokenrl.sample, model, None, [prompt], rows, ends=set(), **limit)
-            theirs = measured(model.generate, ids, min_new_tokens=length, **limit, **options)
-    least = DECODED * sum(p.nbytes for p in model.parameters()) / speed
-    found = {"sample": rows * DECODED / ours["s"], "generate": rows * DECODED / theirs["s"]}
-    return found | {"of bandwidth": least / ours["s"], "GB/s": speed / 1e9}
+
+    def copied():
+        for _ in range(20):
+            target.copy_(source)
+
+    def ours(length: int):
+        tokenrl.sample(model, None, [prompt], rows, ends=set(), max_new_tokens=length)
+
+    def plain(length: int):
+        with mock.patch.dict(tokenrl.GRAPHS, clear=True):
+            ours(length)
+
+    @torch.inference_mode()
+    def theirs(length: int):
+        model.generate(ids, min_new_tokens=length, max_new_tokens=length, **options)
+
+    found, some = {}, DECODED // 4  # of the slow ones
+    works = ("sample", ours, DECODED), ("without graphs", plain, some), ("generate", theirs, some)
+    for name, work, length in works:
+        work(2)  # warms up
+        found[name] = rows * length / measured(work, length)["s"]
+    speed = 40 * source.nbytes / min(measured(copied)["s"] for _ in range(3))  # read and written
+    least = sum(p.nbytes for p in model.parameters()) / speed  # seconds a position
+    return found | {"of bandwidth": least * found["sample"] / rows, "GB/s": speed / 1e9}
 
 
 @cache
@@ -176,6 +194,7 @@ def jobs() -> list[tuple]:
     """(part, what, seconds it may take, function that returns {name: number}, its arguments)"""
     found = [("exactness", kind, 15, errors, kind) for kind in ("float32", "float16", "bfloat16")]
     found += [("training", method, 40, trained, tokenrl.main, method) for method in METHODS]
+    found.append(("training", "float16", 40, trained, tokenrl.main, "grpo", "--dtype", "float16"))
     found.append(("training", "nccl" if GPU else "gloo", 40, trained, torchrun, "grpo"))
     found += [("tokens/s", f"{rows} rows", 30, decoded, rows) for rows in (8, 64)]
     for size in SIZES:

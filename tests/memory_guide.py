@@ -34,12 +34,11 @@ SHAPE = dict(
     tie_word_embeddings=True,
     eos_token_id=151643,
 )
-USUAL = tokenrl.Settings.max_pack_tokens
 CASES = {  # method, pack tokens
-    "grpo": ("grpo", USUAL),
-    "s-grpo": ("s-grpo", USUAL),
+    "grpo": ("grpo", None),
+    "s-grpo": ("s-grpo", None),
     "s-grpo --max-pack-tokens 2048": ("s-grpo", 2048),
-    "t-spmo": ("t-spmo", USUAL),
+    "t-spmo": ("t-spmo", None),
 }
 
 

@@ -1,5 +1,6 @@
 """The exact core: credit, the packed pass and its gradients, sampling, the step and its limits."""
 
+import contextlib
 import gc
 import json
 import math
@@ -1014,12 +1015,21 @@ def test_rows_that_end_do_not_disturb_the_others(kind, words):
     assert len({len(completion) for [completion] in together}) > 3  # rows ended at different times
 
 
+def eager_graphs(monkeypatch, room: int) -> list:
+    """Decode on the CPU as on a card, in fixed places, but with the step itself for a replay."""
+    made = []
+    monkeypatch.setitem(tokenrl.GRAPHS, "cpu", room)
+    monkeypatch.setattr(tokenrl, "captured", lambda step: made.append(len(step())) or step)
+    return made
+
+
+@pytest.mark.parametrize("room", [1, 2])
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
-def test_sampling_leaves_no_keys_and_values_behind(kind, words):
+def test_sampling_leaves_no_keys_and_values_behind(kind, room, words, monkeypatch):
     def tensors():
         return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
-    model = random_model(kind)
+    model, _ = random_model(kind), room > 1 and eager_graphs(monkeypatch, room)
     tokenrl.sample(model, words, [[5, 6]], 2, max_new_tokens=4)  # what is made once may stay
     gc.collect()
     gc.disable()  # a process meets the collector only now and then: a cycle would keep gigabytes
@@ -1029,6 +1039,65 @@ def test_sampling_leaves_no_keys_and_values_behind(kind, words):
         assert tensors() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("room", [2, 5, 64])
+def test_decoding_in_fixed_places_gives_the_same(model, words, room, monkeypatch):
+    prompts, prefixes = [[5, 6, 9], [7], [5, 8, 9, 4, 4]], [[], [11, 12], [13]]
+    options = dict(prefixes=prefixes, max_new_tokens=14, temperature=0, with_stats=True)
+    options["ends"] = set(range(40))
+    plain = tokenrl.sample(model, words, prompts, 3, **options)
+    lengths = {len(group[0]) for group in plain[0]}
+    made = eager_graphs(monkeypatch, room)
+    fixed = tokenrl.sample(model, words, prompts, 3, **options)
+    assert fixed[0] == plain[0] and len(made) == -(-(max(lengths) - 1) // room)
+    for ours, wanted in zip(fixed[1:], plain[1:]):
+        for own, right in zip(sum(ours, []), sum(wanted, [])):
+            torch.testing.assert_close(torch.tensor(own), torch.tensor(right), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_ended_are_left_alone_until_the_next_graph(words, monkeypatch):
+    rows, step = [], tokenrl._step
+    eager_graphs(monkeypatch, 4)
+    monkeypatch.setattr(tokenrl, "_step", lambda *args: rows.append(len(args[-1])) or step(*args))
+    options = dict(max_new_tokens=12, temperature=2.0, ends=set(range(25)))
+    [group] = tokenrl.sample(random_model("qwen2"), words, [[5, 6]], 20, **options)
+    lengths = [len(completion) for completion in group]
+    assert len(set(lengths)) > 3 and max(lengths) > 5
+    for completion in group:
+        assert not options["ends"] & set(completion[:-1])
+        assert completion[-1] in options["ends"] or len(completion) == 12
+    alive = [
+        sum(length > start for length in lengths) for start in (1, 5, 9) if start < max(lengths)
+    ]
+    steps = [min(4, max(lengths) - 1 - 4 * i) for i in range(len(alive))]
+    # The prompt; then for each graph what warms it up, and its steps.
+    assert rows == [1] + [n for n, count in zip(alive, steps) for _ in range(1 + count)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_that_cannot_be_captured_is_called(fails, monkeypatch):
+    class Graph:
+        def capture_begin(self, **_):
+            torch.zeros(1)
+
+        def capture_end(self):
+            if fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def replay(self):
+            calls.append("replay")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = dict(CUDAGraph=Graph, Stream=lambda: stream, current_stream=lambda: None)
+    cuda["stream"] = lambda stream: contextlib.nullcontext()
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    calls = []
+    replay = tokenrl.captured(lambda: calls.append("step") or len(calls))
+    assert calls == ["step", "step"]  # to load what it needs, and to record
+    assert replay() == (3 if fails else 2)
+    assert calls[2:] == (["step"] if fails else ["replay"])
 
 
 def test_sampling_follows_softmax_and_ignores_the_checkpoints_own_settings(words):
