@@ -1198,7 +1198,7 @@ def _prefill(base, prompts: list[list[int]]):
     shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
     if shared:
         ids = torch.tensor([shared], device=base.device)
-        base.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        _step(base, cache, torch.ones_like(ids, dtype=torch.bool), ids)
         cache.batch_repeat_interleave(len(prompts))
     rests = [prompt[len(shared) :] for prompt in prompts]
     longest = max(map(len, rests))
@@ -1216,8 +1216,10 @@ def _step(base, cache, visible, ids):
     positions = (visible.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if ids.shape[1] == 1:
         visible = blocked(~visible, base.dtype)[:, None, None]
-    options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
-    output = base.get_decoder()(input_ids=ids, attention_mask=visible, **options)
+    decoder = base.get_decoder()  # transformers 5.24 has a new name for its cache
+    new = "cache" in inspect.signature(decoder.forward).parameters
+    options = {"cache" if new else "past_key_values": cache, "use_cache": True}
+    output = decoder(input_ids=ids, attention_mask=visible, position_ids=positions, **options)
     return output.last_hidden_state[:, -1].contiguous()
 
 
