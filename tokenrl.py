@@ -1747,7 +1747,8 @@ def check_alive(state: dict, row: dict, run: Path) -> None:
     else:
         return
     kept = f"{run} holds the adapter of step {state['best_step']}"
-    raise UserError(f"{fault}. {kept}; start again with a lower --lr or more --max-new-tokens.")
+    advice = "start again with a lower --lr, a higher --target-kl or more --max-new-tokens"
+    raise UserError(f"{fault}. {kept}; {advice}.")
 
 
 def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
