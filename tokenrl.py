@@ -50,6 +50,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1028,20 +1029,25 @@ def deviations(model, tokenizer) -> dict[str, float]:
     return {"logits": logits, "sampling": drawn, "packing": packed}
 
 
-def graph_step(base, cache, visible, room: int) -> Callable:
-    """`_step` as a CUDA graph, for the next `room` tokens of all rows: a replay does not wait for
-    Python to launch a thousand kernels. Nothing can move in it, so `cache` gets their places now,
-    the last of `visible`."""
+GRAPHS = {"cuda": 128}  # where decoding is captured: tokens of a graph
+STREAMS = {}  # of a device: one for all captures, since each keeps a workspace of its own
+
+
+def next_steps(base, cache, visible, room: int) -> Callable:
+    """`_step` for the next `room` tokens of all rows. More than one: by a graph, in which nothing
+    can move, so that `cache` gets their places now, the last of `visible`."""
+    if room == 1:
+        return partial(_step, base, cache, visible)
     place = torch.tensor([visible.shape[1] - room], device=base.device)
     ids = place.new_zeros(len(visible), 1)
 
-    def write(places, *new, **_):  # keys, values, and what else a model passes
-        return [old.index_copy_(2, place, own) for old, own in zip(places, new)]
+    def write(layer, keys, values, *_, **__):
+        return layer.keys.index_copy_(2, place, keys), layer.values.index_copy_(2, place, values)
 
     for layer in cache.layers:
         longer = partial(torch.nn.functional.pad, pad=(0, 0, 0, room))
         layer.keys, layer.values = longer(layer.keys), longer(layer.values)
-        layer.update = partial(write, (layer.keys, layer.values))  # with the layer: a cycle
+        layer.update = partial(write, weakref.proxy(layer))  # itself would be a cycle
 
     def step():
         visible.index_fill_(1, place, True)
@@ -1049,33 +1055,36 @@ def graph_step(base, cache, visible, room: int) -> Callable:
         place.add_(1)
         return hidden
 
-    replay = captured(step)
-    place.fill_(visible.shape[1] - room)
-    return lambda tokens: (ids.copy_(tokens), replay())[1]
+    results = replayed(step, base.device)
+    return lambda tokens: (ids.copy_(tokens), next(results))[1]
 
 
-def captured(step: Callable) -> Callable:
-    """`step`, called once, since what a first call loads cannot be captured, and then captured."""
-    step()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
+def replayed(step: Callable, device) -> Iterator:
+    """The results of `step`, call by call, from the second on by a CUDA graph: its replay does not
+    wait for Python to launch a thousand kernels."""
+    yield step()  # loads what it needs, which a capture cannot
+    graph, stream = torch.cuda.CUDAGraph(), STREAMS.setdefault(device, torch.cuda.Stream(device))
+    stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # NCCL has a thread of its own
             try:
-                result = step()
+                result = step()  # is recorded, not run
             finally:
                 graph.capture_end()
-    except RuntimeError:  # it waits for a value, as a mixture of experts does
-        return step
-    return lambda: graph.replay() or result
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        GRAPHS.clear()  # it waits for values, as a mixture of experts does, and always will
+        graph = None
+    while True:
+        yield (graph.replay() or result) if graph else step()
 
 
 # ---- 5. Rollout: sampling groups of completions -------------------------------------------------
 
 SAMPLED_ROWS = 48  # of [vocabulary] logits at a time: with 152k tokens below malloc's 32 MiB
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed in float32
-GRAPHS = {"cuda": 128}  # where decoding is captured: tokens of a graph
 
 
 @dataclass
@@ -1237,14 +1246,15 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
     while True:
         chunks = hidden.split(SAMPLED_ROWS)
         parts = [draw(logits_of(model, chunk), temperature, generator) for chunk in chunks]
-        columns = [torch.cat(column) for column in zip(*parts)]
-        for row, *values in zip(live, *(column.tolist() for column in columns)):
-            for part, value in zip(completions[row] if row not in finished else (), values):
+        tokens, *stats = [torch.cat(column) for column in zip(*parts)]
+        for row, *values in zip(live, *(column.tolist() for column in (tokens, *stats))):
+            if row in finished:
+                continue
+            refuse(values[0] < 0, "The logits are not finite; try a lower --lr or --dtype float32.")
+            for part, value in zip(completions[row], values):
                 part.append(value)
-        tokens = columns[0]
-        if tokens.min() < 0:
-            raise UserError("The logits are not finite; try a lower --lr or --dtype float32.")
-        finished.update(row for row in live if ended(owners[row], completions[row][0]))
+            if ended(owners[row], completions[row][0]):
+                finished.add(row)
         if len(finished) == len(owners):
             return completions
         if not left:  # rows can leave between graphs only
@@ -1254,9 +1264,8 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
                 cache.batch_select_indices(index)
                 tokens, visible = tokens[index], visible[index]
             visible, left = torch.nn.functional.pad(visible, (0, room), value=room == 1), room
-            step = partial(_step, base, cache, visible)
-            if room > 1:
-                step = graph_step(base, cache, visible, room)
+            step = None  # frees the last graph, whose memory the next one needs
+            step = next_steps(base, cache, visible, room)
         hidden, left = step(tokens[:, None]), left - 1
 
 

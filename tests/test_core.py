@@ -1018,8 +1018,14 @@ def test_rows_that_end_do_not_disturb_the_others(kind, words):
 def eager_graphs(monkeypatch, room: int) -> list:
     """Decode on the CPU as on a card, in fixed places, but with the step itself for a replay."""
     made = []
-    monkeypatch.setitem(tokenrl.GRAPHS, "cpu", room)
-    monkeypatch.setattr(tokenrl, "captured", lambda step: made.append(len(step())) or step)
+    monkeypatch.setattr(tokenrl, "GRAPHS", {"cpu": room})
+
+    def called(step, device):
+        made.append(device)
+        while True:
+            yield step()
+
+    monkeypatch.setattr(tokenrl, "replayed", called)
     return made
 
 
@@ -1071,33 +1077,69 @@ def test_rows_that_ended_are_left_alone_until_the_next_graph(words, monkeypatch)
         sum(length > start for length in lengths) for start in (1, 5, 9) if start < max(lengths)
     ]
     steps = [min(4, max(lengths) - 1 - 4 * i) for i in range(len(alive))]
-    # The prompt; then for each graph what warms it up, and its steps.
-    assert rows == [1] + [n for n, count in zip(alive, steps) for _ in range(1 + count)]
+    assert rows == [1] + [n for n, count in zip(alive, steps) for _ in range(count)]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_step_that_cannot_be_captured_is_called(fails, monkeypatch):
-    class Graph:
-        def capture_begin(self, **_):
-            torch.zeros(1)
+def test_what_a_finished_row_draws_does_not_matter(words, monkeypatch):
+    eager_graphs(monkeypatch, 4)
+    plain, calls = tokenrl.draw, []
 
-        def capture_end(self):
-            if fails:
-                raise RuntimeError("operation failed due to a previous error during capture")
+    def draw(logits, *rest):
+        tokens, *stats = plain(logits, *rest)
+        tokens[0] = -1 if calls else 30
+        calls.append(len(tokens))
+        return tokens, *stats
 
-        def replay(self):
-            calls.append("replay")
+    monkeypatch.setattr(tokenrl, "draw", draw)
+    options = dict(max_new_tokens=5, ends={30})
+    [group] = tokenrl.sample(random_model("qwen2"), words, [[5]], 6, **options)
+    assert group[0] == [30] and max(map(len, group)) == 5 and calls[:4] == [6] * 4
+    assert all(token >= 0 for completion in group for token in completion)
 
+
+class Graph:
+    """What `replayed` sees of torch.cuda.CUDAGraph, with or without a fault."""
+
+    def __init__(self, fault=""):
+        self.fault, self.begun, self.replays = fault, False, 0
+
+    def capture_begin(self, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.begun = True
+
+    def capture_end(self):
+        if self.fault:
+            raise RuntimeError(self.fault)
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.mark.parametrize("fault", ["", "operation not permitted", "CUDA out of memory."])
+def test_a_step_that_cannot_be_captured_is_called(fault, monkeypatch):
+    graph, calls = Graph(fault), []
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    cuda = dict(CUDAGraph=Graph, Stream=lambda: stream, current_stream=lambda: None)
-    cuda["stream"] = lambda stream: contextlib.nullcontext()
-    for name, fake in cuda.items():
+    fakes = dict(CUDAGraph=lambda: graph, current_stream=lambda device: None)
+    fakes |= dict(Stream=lambda device: stream, stream=lambda stream: contextlib.nullcontext())
+    for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    calls = []
-    replay = tokenrl.captured(lambda: calls.append("step") or len(calls))
-    assert calls == ["step", "step"]  # to load what it needs, and to record
-    assert replay() == (3 if fails else 2)
-    assert calls[2:] == (["step"] if fails else ["replay"])
+    monkeypatch.setattr(tokenrl, "GRAPHS", {"cuda": 128})
+    monkeypatch.setattr(tokenrl, "STREAMS", {})
+
+    def step():
+        calls.append("step")
+        return len(calls)
+
+    results = tokenrl.replayed(step, "cuda:1")
+    assert next(results) == 1 and not graph.begun  # a single token needs no graph
+    if "memory" in fault:
+        with pytest.raises(RuntimeError, match="memory"):
+            next(results)
+        return
+    assert [next(results) for _ in range(3)] == ([3, 4, 5] if fault else [2, 2, 2])
+    assert graph.begun and graph.replays == (0 if fault else 3)
+    assert tokenrl.GRAPHS == ({} if fault else {"cuda": 128})  # not tried again
+    assert tokenrl.STREAMS == {"cuda:1": stream}
 
 
 def test_sampling_follows_softmax_and_ignores_the_checkpoints_own_settings(words):
