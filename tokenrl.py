@@ -1056,7 +1056,8 @@ def next_steps(base, cache, visible, room: int) -> Callable:
         return hidden
 
     results = replayed(step, base.device)
-    return lambda tokens: (ids.copy_(tokens), next(results))[1]
+    # A finished row may draw nothing, -1, from numbers that are not finite.
+    return lambda tokens: (ids.copy_(tokens.clamp(min=0)), next(results))[1]
 
 
 def replayed(step: Callable, device) -> Iterator:
