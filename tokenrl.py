@@ -202,13 +202,14 @@ _SAME = str.maketrans(
     "‐‒–—―−⁄∕’‘“”×·⋅∙∗≈", "------//''\"\"*****=", "\u200b\u200c\u200d\u2060\ufeff"
 )
 _SPELLINGS = [
-    (r"(?<![\w*])[*_]++(?=\S)|(?<=[^\s*_])[*_]++(?![\w({-])|`", ""),  # **bold**, _italics_, `code`
+    (r"(?<![\w*\\])[*_]++(?=\S)|(?<=[^\s*_])[*_]++(?![\w({-])|`", ""),  # **bold**, _it_, `code`
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 1½ is 1 1/2
     (r"[⁺⁻]?[⁰¹²³⁴-⁹]+", r"^\g<0>"),  # 10³ is not 103
     (r"[₀-₉]+", r"_\g<0>"),
     # By character: on a whole text of combining marks, normalize() takes quadratic time.
     (r"[A-Za-z][\u0300-\u036f]|[^\x00-\x7f]", lambda m: normalize("NFKC", m[0]).translate(_SAME)),
     (r"\n[-*+] +", "\n"),  # the dash of a list is no minus
+    (r"(?im)(^|[=:,;(] ?|\b(?:is|are|equals) )(?:minus|negative) (?=[\d.$€£])", r"\1-"),
     (r"\\\\(?![a-zA-Z])", ";"),  # the end of a row
     (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)(?![a-z])", " "),
@@ -226,7 +227,9 @@ _SPELLINGS = [
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
 _MARK = re.compile(r"#{4,}|\\f?box(?:ed)?\s*\{|<answer>|\banswer\s?(?:is\b:?|[:=])", re.IGNORECASE)
 _CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹]|EUR|USD|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs\.?)"
-_SCALES = dict(hundred=2, thousand=3, k=3, million=6, m=6, billion=9, b=9, trillion=12)
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES |= {"k": 3, "m": 6, "mn": 6, "mio": 6, "b": 9, "bn": 9}
+_UNIT = r"(?:(?:hr|hour|min|minute|day|week|month|year|dollar|euro)s?|h|ft|feet|m(?!\d))"
 _NUMBER = re.compile(
     rf"""
     (?: (?P<odd> (?: \\[a-zA-Z]+ | [√±/] | [^\W\d_](?=\() | -(?=[-+(]) ) [\ (]* )  # \sqrt 2, f(2)
@@ -237,17 +240,19 @@ _NUMBER = re.compile(
     (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )            # see _decimal
     (?: \ ?/\ ? (?P<under> \d+ (?:[.,]\d+)* ) )?
     (?: (?: [eE] | \ ?[*x]\ ?10\ ?\^\ ? ) (?P<tens> [-+]?\d+ ) | \ ?\^\ ? (?P<power> [-+]?\d+ ) )?
-    (?: \ ?(?P<scale> (?i:hundred|thousand|million|billion|trillion)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
+    (?: \ ?(?P<scale> (?i:hundred|thousand|(?:m|b|tr)illion|bn|mn|mio)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
     """,
     re.VERBOSE,
 )
 _END = re.compile(  # what may stand behind a number; anything else says that it goes on
-    r"""
+    rf"""
     (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d | [eE][-+] ) # not 0.(3), 2x, 3π, 1h30
     (?! (?:\ ?[^\W\d_]+)? \ (?: [-+*/;&] | and|or|to|plus|minus|times|over|by
-        | x|h|hours?|min|minutes?|feet|ft|dollars?|euros? ) \ ?[-$€£]?\d )   # not 5 or 6, 2 h 30
+        | x|{_UNIT} ) \ ?[-$€£]?\d                                # not 5 or 6, 2 h 30
+      | \ ?{_UNIT},?\ \d+\ ?(?:{_UNIT}|in|cm|s|cents)\b           # not 2h 30m
+      | (?:\ ?[^\W\d_]+)?\ and\ (?:a|one)\ (?:half|third|quarter)\b )
     [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                    # a bracket, a currency, percent
-    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{2}              # a unit: m, /hour, -year-old
+    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{{2}}            # a unit: m, /hour, -year-old
       | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )       # not 3:30, 1, 2 or 0.33...
     """,
     re.VERBOSE,
