@@ -59,7 +59,7 @@ from functools import partial
 from itertools import cycle, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Annotated, Literal, get_args
 from unicodedata import normalize
 
@@ -150,7 +150,7 @@ class Settings:
     batch_rows: int = option(64, "Completions decoded at a time.", "Rollout", low=1)
     prompt: str = option("auto", "auto, chat, plain, or a {question} file.", "Rollout")
     shots: int | None = option(None, "Worked examples.", "Rollout", shown="all")
-    stop: str = option("", "Text that ends a completion too.", "Rollout", shown="none")
+    stop: str = option("", "Text that ends it; plain: \\nQuestion:", "Rollout", shown="none")
 
     target_kl: float = option(0.001, "Largest KL of a step; 0: no limit.", "Update", TRAIN)
     beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN)
@@ -168,7 +168,6 @@ class Settings:
     patience: int = option(5, "Validations without gain before the end.", "Run", TRAIN, low=1)
     save_every: int = option(10, "Steps between saves.", "Run", TRAIN, low=1)
     eval_problems: int | None = option(None, "Test problems asked.", "Run", TRAIN, shown="all")
-    eval_samples: int = option(0, "Samples of each, for pass@k.", "Run", TRAIN)
 
     reward: str = option("number", "number, exact, regex:..., FILE.py:function.", "Data")
     metric: str = option("", "A KPI to report too; same forms.", "Data", ASK, shown="none")
@@ -178,8 +177,8 @@ class Settings:
 
 
 def flag(key: str) -> str:
-    """The option of a field of Settings."""
-    return "--adapter" if key == "start_from" else "--" + key.replace("_", "-")
+    """What a field of Settings is called on a command line."""
+    return {"task": "TASK", "start_from": "--adapter"}.get(key, "--" + key.replace("_", "-"))
 
 
 def check_settings(settings: Settings) -> None:
@@ -240,7 +239,7 @@ _NUMBER = re.compile(
     (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )            # see _decimal
     (?: \ ?/\ ? (?P<under> \d+ (?:[.,]\d+)* ) )?
     (?: (?: [eE] | \ ?[*x]\ ?10\ ?\^\ ? ) (?P<tens> [-+]?\d+ ) | \ ?\^\ ? (?P<power> [-+]?\d+ ) )?
-    (?: \ ?(?P<scale> (?i:hundred|thousand|(?:m|b|tr)illion|bn|mn|mio)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
+    (?: \ ?(?P<scale>(?i:hundred|thousand|(?:m|b|tr)illion|bn|mn|mio)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
     """,
     re.VERBOSE,
 )
@@ -248,12 +247,12 @@ _END = re.compile(  # what may stand behind a number; anything else says that it
     rf"""
     (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d | [eE][-+] ) # not 0.(3), 2x, 3π, 1h30
     (?! (?:\ ?[^\W\d_]+)? \ (?: [-+*/;&] | and|or|to|plus|minus|times|over|by
-        | x|{_UNIT} ) \ ?[-$€£]?\d                                # not 5 or 6, 2 h 30
-      | \ ?{_UNIT},?\ \d+\ ?(?:{_UNIT}|in|cm|s|cents)\b           # not 2h 30m
+        | x|{_UNIT} ) \ ?[-$€£]?\d  # not 5 or 6, 2 h 30
+      | \ ?{_UNIT},?\ \d+\ ?(?:{_UNIT}|in|cm|s|cents)\b  # not 2h 30m
       | (?:\ ?[^\W\d_]+)?\ and\ (?:a|one)\ (?:half|third|quarter)\b )
-    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                    # a bracket, a currency, percent
-    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{{2}}            # a unit: m, /hour, -year-old
-      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )       # not 3:30, 1, 2 or 0.33...
+    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                 # a bracket, a currency, percent
+    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{{2}}         # a unit: m, /hour, -year-old
+      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )    # not 3:30, 1, 2 or 0.33...
     """,
     re.VERBOSE,
 )
@@ -489,8 +488,8 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
             reader = csv.DictReader(io.StringIO(table), **style)
             return [(reader.line_num + bool(mark), row) for row in reader if any(row.values())]
         if not text.lstrip().startswith("["):  # JSONL is an array without its commas
-            text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-        return [(line, {**row}) for line, row in enumerate(json.loads(text), 1)]
+            text = "[" + ",\n".join(line.strip() or "{}" for line in text.split("\n")) + "]"
+        return [(line, {**row}) for line, row in enumerate(json.loads(text), 1) if row != {}]
     except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path} does not hold rows: {error}.") from None
 
@@ -522,7 +521,8 @@ def fault_of(problem: Problem, reward: str, decimal: str) -> str:
         return "no answer" if problem.question else "no question"
     if reward == "number" and read_number(problem.answer, decimal) is None:
         return f"the answer {problem.answer!r:.60} is not a number"
-    if reward == "exact" and ("\n" in problem.answer or _MARK.search(problem.answer)):
+    broken = "\n" in problem.answer or _MARK.search(problem.answer)
+    if reward == "exact" and (broken or not final_text("#### " + problem.answer)):
         return f"no completion can give {problem.answer!r:.60}"
     return ""
 
@@ -551,17 +551,18 @@ def file_problems(path: Path, question: str, answer: str, reward: str, decimal: 
     good, rejected = {}, []
     for line, row in rows:
         problem = to_problem(row, question, answer, decimal)
+        key = " ".join(problem.question.casefold().split())
         reason = fault_of(problem, reward, decimal)
         if any(row.get(None, ())):
             reason = "more fields than the header (is 1,200 without quotes?)"
-        elif before := not reason and good.get(problem.question):
+        elif before := not reason and good.get(key):
             old, new = before.answer, problem.answer
             kind = "repeat" if new == old or number_reward(new, old, decimal) else "contradiction"
             reason = f"a {kind}: {new!r:.60} after {old!r:.60}"
         if reason:
             rejected.append({"line": line, "reason": reason, "row": row})
         else:
-            good[problem.question] = problem
+            good[key] = problem
     return list(good.values()), rejected, decimal
 
 
@@ -590,15 +591,16 @@ def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     refuse(not found, f"--digits {digits!r} is no number from 1 to 9 such as 3, and no pair: 2x1.")
     sizes = int(found[1]), int(found[2] or found[1])
     left, right = (range(max(2, 10 ** (n - 1)), 10**n) for n in sizes)  # times 1 teaches nothing
-    total = len(left) * len(right)
-    most = (total + len(left)) // 2 if left == right else total
-    refuse(count > most, f"--count {count}: --digits {digits} gives only {most} products.")
-    pairs = {}
-    for i in random.Random(seed).sample(range(total), min(total, 2 * count)):  # a * b and b * a
+    total, pairs = len(left) * len(right), {}
+    most = min(total, 2 * (count + len(FACTORS)))  # a * b and b * a
+    for i in random.Random(seed).sample(range(total), most):
         a, b = left[i // len(right)], right[i % len(right)]
         problem = Problem(f"What is {a} * {b}?", str(a * b), f"{len(str(a))}x{len(str(b))}")
         pairs.setdefault(frozenset((a, b)), problem)
-    return list(pairs.values())[:count]
+    problems = [pairs[pair] for pair in pairs if pair not in map(frozenset, FACTORS)]
+    few = f"--count {count}: --digits {digits} gives only {len(problems)} products."
+    refuse(len(problems) < count, few)
+    return problems[:count]
 
 
 def write_task(name, problems, examples, test_share, seed, data_dir, decimal="", rejected=()):
@@ -625,13 +627,15 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
     """A task that `prep` wrote; `numeric`: all answers must be numbers."""
     folder = data_dir / name
     source = name if name in ("svamp", "multiply") else "YOUR_FILE.csv"
-    make = f"There is no task {name!r} in {data_dir}; make it with: python tokenrl.py prep {source}"
+    make = f"There is no task {name!r} in {data_dir} (another --data-dir?); make it with: "
+    make += to_paste(["prep", source], Settings(data_dir=data_dir), [])
     refuse(not (folder / "train.jsonl").exists(), make)
     files = folder / "task.json", folder / "examples.jsonl"
     facts, examples = (read_rows(file) if file.exists() else [] for file in files)
     for line, row in examples:
         whole = all(isinstance(row.get(key), str) for key in ("question", "answer"))
         refuse(not whole, f"{files[1]} line {line} lacks a question or a worked answer as text.")
+    shown = {row["question"].strip() for _, row in examples}
     decimal = facts[0][1].get("decimal", "") if facts else ""
     task = Task([], [], [row for _, row in examples], decimal)
     for path, problems in (folder / "train.jsonl", task.train), (folder / "test.jsonl", task.test):
@@ -639,6 +643,8 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
             problems.append(to_problem(row))
             fault = fault_of(problems[-1], "number" if numeric else "", task.decimal)
             refuse(fault, f"{path} line {line}: {fault}.")
+            copied = problems is task.test and problems[-1].question in shown
+            refuse(copied, f"{path} line {line} is a worked example, too, in {files[1]}.")
     refuse(not task.test, f"{path} is empty.")
     return task
 
@@ -661,7 +667,9 @@ def prep(
     """Prepare a task: check and split problems into data/NAME/{train,test}.jsonl."""
     reward_function(reward)  # refuses a wrong one
     name = name or Path(what).stem
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in {"demo", "svamp", "multiply"} - {what}:
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in {"demo", "svamp", "multiply"} - {
+        what
+    }:
         raise UserError(f"{name!r} cannot be the name of a task; use --name.")
     examples, rejected = STORY_EXAMPLES, []
     if what == "svamp":
@@ -893,13 +901,15 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
         else:
             model = peft.PeftModel.from_pretrained(model, str(folder), **options)
         found = safetensors.load_file(path)
+        if model.peft_config[name].is_prompt_learning:  # we ask the model inside
+            raise ValueError("it is no part of the layers")
         wanted = peft.get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
         if strange := found.keys() ^ wanted.keys():  # peft would only warn
             raise ValueError(f"{min(strange)} is on one side only")
     except Exception as error:  # a stranger's files
         raise UserError(f"{folder} does not fit {given}: {first_line(error)}") from None
     check_finite(found.items(), path)
-    return recomputing(model) if trainable else model
+    return recomputing(model.eval()) if trainable else model  # a stranger's can have dropout
 
 
 def save_checkpoint(thing, folder: Path, **options) -> None:
@@ -1171,13 +1181,14 @@ def sample(
     seed: int = 0,
     ends: set[int] | None = None,
     with_stats: bool = False,
+    tick: Callable = lambda count: None,
 ):
     """`group_size` completions of each prompt, as token ids: result[prompt][completion][position].
 
     A completion ends with a token in `ends` (default: all that model or tokenizer know), one that
     completes the text `stop`, or that at `max_new_tokens`. It continues its prompt's entry in
-    `prefixes`, which counts but is not returned. At most `rows` at a time. `with_stats`:
-    (completions, entropies, logprobs), nested alike; see draw.
+    `prefixes`, which counts but is not returned. At most `rows` at a time; `tick` is told how many
+    each time. `with_stats`: (completions, entropies, logprobs), nested alike; see draw.
     """
     ends = end_tokens(model, tokenizer) if ends is None else ends
     prefixes = prefixes or [[]] * len(prompts)
@@ -1192,17 +1203,16 @@ def sample(
 
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike: little padding
+    everyone = [i for i in order for _ in range(group_size)]
     results = tuple([[] for _ in prompts] for _ in range(3))
-    width = max(1, rows // group_size)
     with torch.inference_mode():
-        for first in range(0, len(order), width):
-            for done in range(0, group_size, rows):
-                count = min(rows, group_size - done)
-                owners = [i for i in order[first : first + width] for _ in range(count)]
-                decoded = _decode(model, starts, owners, ended, temperature, generator)
-                for i, parts in zip(owners, decoded):
-                    for result, part in zip(results, parts):
-                        result[i].append(part)
+        for first in range(0, len(everyone), rows):
+            owners = everyone[first : first + rows]
+            decoded = _decode(model, starts, owners, ended, temperature, generator)
+            for i, parts in zip(owners, decoded):
+                for result, part in zip(results, parts):
+                    result[i].append(part)
+            tick(len(owners))
     return results if with_stats else results[0]
 
 
@@ -1243,9 +1253,9 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
     Each start is computed once, and repeated for its group."""
     base, unique = base_of(model), list(dict.fromkeys(owners))
     cache, hidden, visible = _prefill(base, [starts[i] for i in unique])
-    count = len(owners) // len(unique)
-    cache.batch_repeat_interleave(count)
-    hidden, visible = hidden.repeat_interleave(count, 0), visible.repeat_interleave(count, 0)
+    index = torch.tensor([unique.index(i) for i in owners], device=base.device)
+    cache.batch_select_indices(index)
+    hidden, visible = hidden[index], visible[index]
     completions = [([], [], []) for _ in owners]
     live, finished = list(range(len(owners))), set()  # whose each row is; who needs no more
     room, left = GRAPHS.get(base.device.type, 1), 0
@@ -1275,20 +1285,14 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
         hidden, left = step(tokens[:, None]), left - 1
 
 
-def ask(policy, prompts, count: int, settings, temperature: float, seed: int, prefixes=None):
-    """`sample` as the policy and the settings say, with its statistics."""
-    options = {"max_new_tokens": settings.max_new_tokens, "rows": settings.batch_rows}
-    options |= {"temperature": temperature, "seed": seed, "prefixes": prefixes}
-    options |= {"stop": policy.stop, "ends": policy.ends, "with_stats": True}
-    return sample(policy.model, policy.tokenizer, prompts, count, **options)
-
-
-def roll_out(policy, problems, settings, seed: int, prefixes=None) -> list[Rollout]:
+def roll_out(policy, problems, settings, seed: int, prefixes=None, **options) -> list[Rollout]:
     """Sample and score one group per problem; with `prefixes` they are replays."""
     prefixes = prefixes or [[]] * len(problems)
     prompts = [policy.prompt_ids(problem.question) for problem in problems]
-    size, temperature = settings.group_size, settings.temperature
-    drawn = ask(policy, prompts, size, settings, temperature, seed, prefixes)
+    options |= {"max_new_tokens": settings.max_new_tokens, "rows": settings.batch_rows}
+    options |= {"temperature": settings.temperature, "seed": seed, "prefixes": prefixes}
+    options |= {"stop": policy.stop, "ends": policy.ends, "with_stats": True}
+    drawn = sample(policy.model, policy.tokenizer, prompts, settings.group_size, **options)
     rollouts = []
     for problem, prompt, prefix, group, *stats in zip(problems, prompts, prefixes, *drawn):
         rewards = [policy.reward(problem, prefix + completion) for completion in group]
@@ -1353,19 +1357,15 @@ class Trie:
             self.paths.append(path)
 
 
-def _advantages(rewards: list[float], eps: float = 1e-4) -> list[float]:
-    """(R - mean) / (std + eps), population std (Shao et al. 2024, arXiv 2402.03300)."""
-    mean = sum(rewards) / len(rewards)
-    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
-    return [(r - mean) / (std + eps) for r in rewards]
-
-
 def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
-    """Give each chosen node of completion i its share A_i / (G * len_i); opposite shares cancel."""
+    """Give each chosen node of completion i its share A_i / (G * len_i); opposite shares cancel.
+
+    A_i = (R_i - mean R) / (std R + 1e-4), population std (Shao et al. 2024, arXiv 2402.03300)."""
     weights: dict[int, float] = defaultdict(float)
-    for advantage, nodes in zip(_advantages(rewards), chosen):
+    mean, std = fmean(rewards), pstdev(rewards)
+    for reward, nodes in zip(rewards, chosen):
         for node in nodes:
-            weights[node] += advantage / (len(chosen) * len(nodes))
+            weights[node] += (reward - mean) / (std + 1e-4) / (len(chosen) * len(nodes))
     return {node: weight for node, weight in weights.items() if abs(weight) > 1e-9}
 
 
@@ -1388,22 +1388,17 @@ def s_grpo_weights(trie: Trie, rewards, alpha: int, p: float, rng, k: int | None
     return _spread(rewards, list(map(chosen, trie.paths)))
 
 
-def rewards_through(trie: Trie, rewards: list[float]) -> dict[int, list[float]]:
-    """{node: rewards of the completions through it}; -1 is the prompt."""
-    through: dict[int, list[float]] = defaultdict(list)
-    for path, reward in zip(trie.paths, rewards):
-        for node in [-1, *path]:
-            through[node].append(reward)
-    return through
-
-
 def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
     """Where completions part: mean reward with a token, minus that of all that got there.
 
     T-SPMO (arXiv 2504.20834): {node: A(v|p) / number of nodes with credit}, A(v|p) = mean reward of
     the completions through prefix p and token v, minus that of all through p. Its term is one of
-    pi, so where the trie knows pi the weight is times pi (see the head)."""
-    mean = {n: sum(passing) / len(passing) for n, passing in rewards_through(trie, rewards).items()}
+    pi, so where the trie knows pi the weight is times pi."""
+    through = defaultdict(list)  # rewards of the completions through each node; -1 is the prompt
+    for path, reward in zip(trie.paths, rewards):
+        for node in [-1, *path]:
+            through[node].append(reward)
+    mean = {node: sum(passing) / len(passing) for node, passing in through.items()}
     credit = {node: mean[node] - mean[parent] for node, parent in enumerate(trie.parents)}
     credit = {node: value for node, value in credit.items() if abs(value) > 1e-9}
     pi = [math.exp(logprob) for logprob in trie.logprobs or [0.0] * len(trie.tokens)]
@@ -1436,8 +1431,9 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
             try:
                 found = method(trie, rollout.rewards, rng)
                 weights = {node: float(weight) for node, weight in found.items() if weight}
-                if not weights.keys() <= set(range(len(trie.tokens))):
-                    raise ValueError("its keys must be nodes of the trie")
+                known = weights.keys() <= set(range(len(trie.tokens)))
+                if not (known and all(map(math.isfinite, weights.values()))):
+                    raise ValueError("nodes of the trie and finite weights are wanted")
             except (Exception, SystemExit) as error:  # a method of the user's own
                 raise UserError(f"--method gave no weights of nodes: {error!r}") from error
             if weights:
@@ -1447,7 +1443,7 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
 
 # ---- 7. Update: pack, forward, loss, step -------------------------------------------------------
 
-TRAINED_ROWS = 64  # of [vocabulary] logits at a time; fewer would be scattered over malloc's heap
+TRAINED_ROWS = 64  # of [vocabulary] logits at a time
 MAX_GRAD_NORM = 1.0
 KL_TOKENS = 256  # enough to estimate how far a step goes
 
@@ -1467,21 +1463,22 @@ def pack(prompt: list[int], trie: Trie, nodes: list[int]):
     order, start = sorted(ancestors(trie, nodes)), len(prompt)  # parents before their children
     length = rounded(start + len(order))
     pad = [0] * (length - start - len(order))
-    slot = {-1: start - 1} | {node: start + i for i, node in enumerate(order)}
+    slot = {node: start + i for i, node in enumerate(order)} | ({-1: start - 1} if start else {})
     unseen = ~numpy.eye(length, dtype=bool)
     unseen[:start, :start] = ~numpy.tri(start, dtype=bool)
     for node in order:  # sees what its parent sees, and itself
-        unseen[slot[node]] = unseen[slot[trie.parents[node]]]
-        unseen[slot[node], slot[node]] = False
+        unseen[slot[node]] &= unseen[slot.get(trie.parents[node], slot[node])]
     ids = prompt + [trie.tokens[node] for node in order] + pad
     positions = [*range(start), *(start + trie.depths[node] for node in order), *pad]
     return torch.tensor(ids), torch.tensor(positions), torch.from_numpy(unseen), slot
 
 
 def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature: float = 1.0):
-    """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable."""
-    if not prompt_ids:
-        raise UserError("The prompt is empty: nothing predicts the first token of a completion.")
+    """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
+
+    Logits are made a few rows at a time, and again in the backward pass: no more exist at once."""
+    alone = not prompt_ids and -1 in {trie.parents[node] for node in nodes}
+    refuse(alone, "The prompt is empty: nothing predicts the first token of a completion.")
     base = base_of(model)
     ids, positions, unseen, slot = pack(prompt_ids, trie, nodes)
     check_length(base.config, int(positions.max()) + 2)
@@ -1494,49 +1491,13 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature
     ).last_hidden_state[0]
     rows = [slot[trie.parents[node]] for node in nodes]
     tokens = torch.tensor([trie.tokens[node] for node in nodes], dtype=torch.long, device=device)
-    return token_logprobs(model, hidden[rows], tokens, temperature)
-
-
-def token_logprobs(model, hidden, tokens, temperature: float):
-    """log-prob of each of `tokens` [n] from hidden states [n, width]: float32 [n].
-
-    Logits [n, vocabulary] never exist: they are made a few rows at a time, and each row gives way
-    to its gradient, a vector [width], which is computed while the row is there.
-    """
 
     def logps(part, wanted):
         scores = (logits_of(model, part) / temperature).log_softmax(-1)
         return scores.gather(-1, wanted[:, None])[:, 0]
 
-    parts = zip(hidden.split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))
-    head = base_of(model).get_output_embeddings()
-    # An output embedding that is trained itself would lose its gradient below.
-    if not hidden.requires_grad or any(p.requires_grad for p in head.parameters()):
-        return torch.cat([logps(part, wanted) for part, wanted in parts])
-    values, slopes = [], []
-    for part, wanted in parts:
-        part = part.detach().requires_grad_()
-        value = logps(part, wanted)
-        slopes += torch.autograd.grad(value.sum(), part)
-        values.append(value.detach())
-    zero = ((hidden - hidden.detach()) * torch.cat(slopes)).float().sum(-1)  # with that gradient
-    return torch.cat(values) + zero
-
-
-def step_trie(credited: list[tuple]) -> tuple:
-    """A step's groups as one: (what their prompts share, trie of the rest of each prompt with its
-    completions, {node: weight})."""
-    shared = os.path.commonprefix([rollout.prompt for rollout, *_ in credited])
-    joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
-    total = defaultdict(float)  # a replay can meet nodes of its first group
-    paths = iter(joint.paths)
-    for rollout, trie, weights in credited:
-        nodes = {}  # of the group's trie -> of the joint one
-        for path in trie.paths:
-            nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared) :]))
-        for node, weight in weights.items():
-            total[nodes[node]] += weight
-    return shared, joint, total
+    few = partial(torch.utils.checkpoint.checkpoint, logps, use_reentrant=False)
+    return torch.cat([*map(few, hidden[rows].split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))])
 
 
 def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]]:
@@ -1557,13 +1518,21 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
 
 
 def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
-    """(prompt ids, trie, {node: weight}) of each forward pass that a step needs."""
-    alike = defaultdict(list)  # by first token, so that some of the prompt is shared
-    for group in credited:
-        alike[group[0].prompt[0]].append(group)
-    for prompt, trie, weights in map(step_trie, alike.values()):
-        for nodes in split_nodes(trie, list(weights), budget):
-            yield prompt, trie, {node: weights[node] for node in nodes}
+    """(prompt ids, trie, {node: weight}) of each forward pass that a step needs: what all prompts
+    share, and the trie of the rest of each prompt with its completions."""
+    shared = os.path.commonprefix([rollout.prompt for rollout, *_ in credited])
+    joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
+    budget += max((len(r.prompt) for r, *_ in credited), default=0) - len(shared)  # for completions
+    total = defaultdict(float)  # a replay can meet nodes of its first group
+    paths = iter(joint.paths)
+    for rollout, trie, weights in credited:
+        nodes = {}  # of the group's trie -> of the joint one
+        for path in trie.paths:
+            nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared) :]))
+        for node, weight in weights.items():
+            total[nodes[node]] += weight
+    for part in split_nodes(joint, list(total), budget):
+        yield shared, joint, {node: total[node] for node in part}
 
 
 def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
@@ -1671,11 +1640,12 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         peaks |= {"rollout_s": middle - start, "update_s": time.perf_counter() - middle}
         peaks["peak_memory"] = peak_memory(device)
         row = {"step": step + 1, "lr": lr} | step_metrics(policy, rollouts, replays, sums, peaks)
-        state["step"] = step + 1
+        done = state["step"] = step + 1
+        last = done == settings.steps
         stopping = any(gather([bool(stop)]))  # all leave after the same step
-        if held_out and due(step + 1, settings.validate_every, settings):
+        if held_out and (last or done % settings.validate_every == 0):
             row["validation"] = validate(policy, held_out, settings)
-        saving = "validation" in row or stopping or due(step + 1, settings.save_every, settings)
+        saving = "validation" in row or stopping or last or done % settings.save_every == 0
         keep = judge(state, row, saving and not held_out)
         if rank == 0:
             with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -1707,10 +1677,6 @@ def learning_rate(step: int, settings) -> float:
     warm = max(1, settings.steps // 10)
     decay = 1 - 0.9 * max(0, step + 1 - warm) / max(1, settings.steps - warm)
     return settings.lr * min((step + 1) / warm, decay)
-
-
-def due(step: int, every: int, settings) -> bool:
-    return step % every == 0 or step == settings.steps
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1840,28 +1806,21 @@ def load_state(run: Path, model, optimizer) -> dict:
 
 def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lambda count: None):
     """One record per problem: the greedy completion, whether it is right, and how many of `samples`
-    at settings.temperature are. Processes share the problems. `tick` gets each batch's size."""
+    at settings.temperature are. Processes share the problems. `tick` is told of each batch."""
     rank, world = rank_and_world()
-    prompts = [policy.prompt_ids(problem.question) for problem in problems]
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))[rank::world]
-    answers: dict[int, list] = {i: [] for i in order}  # (tokens, entropies): greedy, then samples
+    own, groups = problems[rank::world], []
     for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
-        width = max(1, settings.batch_rows // count)
-        for start in range(0, len(order), width):
-            chunk, seed = order[start : start + width], settings.seed + start * world + rank
-            asked = [prompts[i] for i in chunk]
-            groups, entropies, _ = ask(policy, asked, count, settings, temperature, seed)
-            for i, group, rows in zip(chunk, groups, entropies):
-                answers[i] += zip(group, rows)
-            tick(len(chunk) * count * world)
+        asked = replace(settings, group_size=count, temperature=temperature)
+        told = {"tick": lambda rows: tick(rows * world)}
+        groups.append(roll_out(policy, own, asked, settings.seed + rank, **told))
     records = []
-    for i, found in answers.items():
-        problem, (greedy, entropy) = problems[i], found[0]
-        right = [policy.reward(problem, tokens) == 1 for tokens, _ in found]
-        record = {"index": i, **asdict(problem), "completion": policy.text(greedy)}
-        record |= {"correct": right[0], "length": len(greedy)}
-        record |= {"truncated": not policy.finished(greedy), "entropy": fmean(entropy)}
-        record |= {"samples": samples, "samples_correct": sum(right[1:])}
+    for number, (problem, first, *others) in enumerate(zip(own, *groups)):
+        [greedy], [entropy] = first.completions, first.entropies
+        record = {"index": rank + number * world, **asdict(problem)}
+        record |= {"completion": policy.text(greedy), "correct": first.rewards[0] == 1}
+        record |= {"length": len(greedy), "entropy": fmean(entropy)}
+        record |= {"truncated": not policy.finished(greedy), "samples": samples}
+        record["samples_correct"] = sum(group.rewards.count(1) for group in others)
         if policy.metric:
             record["metric"] = policy.metric(record["completion"], problem.answer)
         records.append(record)
@@ -2055,6 +2014,7 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
     values = [y for curve in curves.values() for y in curve.values()]
     low, scale = min(values), 7.99 / (max(values) - min(values) or 1)
     table = Table("run", what, "first", "last")
+    table.columns[0].overflow = "fold"
     for run, curve in curves.items():
         own = [*curve.values()]
         line = "".join("▁▂▃▄▅▆▇█"[int((y - low) * scale)] for y in own)
@@ -2066,6 +2026,7 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
 
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
+ASKED = ["prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
 MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
 
@@ -2088,10 +2049,15 @@ def asks(command: Callable) -> Callable:
     def run(context: typer.Context, task: Annotated[str, tasks], **values):
         settings = Settings(task, **{item.name: values.pop(item.name) for item in shared})
         check_settings(settings)
-        sources = {item.name: context.get_parameter_source(item.name) for item in shared}
-        given = {key for key, source in sources.items() if source.name == "COMMANDLINE"}
+        source = context.get_parameter_source
+        given = {item.name for item in shared if source(item.name).name == "COMMANDLINE"}
         if folder := values.get("resume") or values.get("adapter"):
-            take_over(settings, given, folder[0] if name == "eval" else folder, name)
+            first, *others = folder if name == "eval" else [folder]
+            take_over(settings, given, first, name)
+            for other in others:
+                take_over(its := replace(settings), given, other, name)
+                odd = [flag(key) for key in ASKED if getattr(its, key) != getattr(settings, key)]
+                refuse(odd, f"{other} is not asked as {first} is; say how: {', '.join(odd)}.")
         command(settings, **values)
 
     first, last, every = (dict(inspect.signature(f).parameters) for f in (run, command, Settings))
@@ -2185,13 +2151,26 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
             setattr(settings, key, there)
 
 
-def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> Path:
+def digest(*facts) -> str:
+    return hashlib.sha256(json.dumps(facts, default=asdict).encode()).hexdigest()[:16]
+
+
+def note_other_data(run: Path, settings: Settings, task: Task) -> None:
+    """Say so where a run was trained on other data of that name, perhaps on what is asked now."""
+    if (path := run / "config.json").exists():
+        saved, data = read_json(path), digest(task.train + task.test, task.decimal)
+        if saved["settings"].get("task") == settings.task and saved.get("data") != data:
+            console.print(f"Note: {run} had other data of that name, and may know these answers.")
+
+
+def open_run(settings: Settings, policy, task: Task, name: str, resume: Path | None) -> Path:
     """The folder of the run that goes on, or a new one: runs/NAME, or -2, -3, ... behind it."""
-    rows = [asdict(problem) for problem in task.train + task.test]
-    data = hashlib.sha256(json.dumps([rows, task.decimal]).encode()).hexdigest()[:16]
+    facts = {"data": digest(task.train + task.test, task.decimal)}
+    facts["asked"] = digest(policy.prompt, policy.examples)
     if resume:
-        other = read_json(resume / "config.json").get("data") != data
-        refuse(other, f"The task's data are not those with which {resume} began.")
+        known = facts | read_json(resume / "config.json")  # older ones know less
+        other = any(known[key] != facts[key] for key in facts)
+        refuse(other, f"Data, prompt or examples are not those with which {resume} began.")
         lost = (resume / "adapter_model.safetensors").exists() > (resume / "state.pt").exists()
         refuse(lost, f"{resume} has an adapter but no state.pt: it cannot be resumed.")
         return resume
@@ -2199,7 +2178,7 @@ def open_run(settings: Settings, task: Task, name: str, resume: Path | None) -> 
     while run.exists():
         run, number = Path("runs", f"{name}-{number}"), number + 1
     run.mkdir(parents=True)
-    config = {"settings": asdict(settings), "data": data, "version": __version__}
+    config = {"settings": asdict(settings), "version": __version__} | facts
     write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
 
@@ -2222,10 +2201,12 @@ def train_command(
     asked = task.train + task.test[: settings.eval_problems]
     longest = max(len(policy.prompt_ids(problem.question)) for problem in asked)
     check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
+    if settings.start_from:
+        note_other_data(Path(settings.start_from), settings, task)
     if dry:
         return dry_run(policy, task.train, settings)
     rank, name = rank_and_world()[0], name or f"{settings.task}-{method_name(settings.method)}"
-    run = gather([None if rank else open_run(settings, task, name, resume)])[0]
+    run = gather([None if rank else open_run(settings, policy, task, name, resume)])[0]
     try:
         with contextlib.nullcontext() if rank else filelock.FileLock(run / "run.lock", timeout=0):
             train_and_compare(policy, task, settings, run)
@@ -2271,9 +2252,10 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
             limit = f"{cut:.0%} cut off at {settings.max_new_tokens} tokens"
             console.print(f"before training: {right:.1%} right (greedy), {limit}")
         with progress("training", settings.steps) as tick:
-            for row, [first, *_] in train(policy, train_set, held_out, settings, run, stop):
-                note, text = "", policy.text(first.completions[0])
-                if not rows or row["step"] % 10 == 1:
+            for row, rollouts in train(policy, train_set, held_out, settings, run, stop):
+                note = ""
+                if rollouts and (not rows or row["step"] % 10 == 1):  # a process can have no prompt
+                    first, text = rollouts[0], policy.text(rollouts[0].completions[0])
                     note = completion_note(first.problem, text, first.rewards[0])
                 show_step(row, base.device, note)
                 tick(1 if rows else row["step"])
@@ -2292,7 +2274,8 @@ def train_and_compare(policy: Policy, task: Task, settings: Settings, run: Path)
         if not any(row["tokens_trained"] for row in rows):
             console.print("Nothing was trained: no rewards differed; see --reward.")
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
-    console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}")
+    end = " (no gain: --patience)" * (state["stale"] >= settings.patience)
+    console.print(f"Adapter: {run}, from step {state['best_step']} of {state['step']}{end}")
     again = to_paste(["eval", settings.task, "--adapter", run], settings, CODE[:2])
     console.print("Ask it again:", again, soft_wrap=True)
 
@@ -2333,17 +2316,16 @@ def catch_signals(again: str):
 
 def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: str) -> list[dict]:
     """The records of a phase: those in run/eval.jsonl, or new ones, which are added there."""
-    path, samples = run / "eval.jsonl", settings.eval_samples
+    path = run / "eval.jsonl"
     old = run_rows(path)
     done = [row for row in old if row.get("phase") == phase]
     asked = [Problem(*(row.get(part.name) for part in fields(Problem))) for row in done]
-    whole = all(row.get("correct") in (0, 1) and row.get("samples") == samples for row in done)
-    whole &= all(row.get("samples_correct") in range(samples + 1) for row in done)
+    whole = all(row.get("correct") in (0, 1) and row.get("samples") == 0 for row in done)
     if whole and asked == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
-    with bare, progress("evaluating", len(problems) * (1 + samples), stop) as tick:
-        found = evaluate(policy, problems, settings, samples, tick)
+    with bare, progress("evaluating", len(problems), stop) as tick:
+        found = evaluate(policy, problems, settings, tick=tick)
     records = [{"phase": phase, **record} for record in found]
     if rank_and_world()[0] == 0:
         write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
@@ -2384,6 +2366,7 @@ def eval_command(
             label = str(folder) + "/" * (str(folder) == "base")
             policy.model = load_adapter(policy.model, folder, name, settings.model)
             policy.model.set_adapter(name)
+            note_other_data(folder, settings, task)
         with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
     if question:

@@ -872,7 +872,9 @@ def test_non_finite_gradient_is_skipped_and_leaves_the_adapter_alone():
     optimizer.param_groups[0]["lr"] = 0.1
     rollout = tokenrl.Rollout(PROBLEM, [4, 5], [[7, 9], [8]], [1.0, 0.0])
     for bad in (math.nan, math.inf):
-        credited = tokenrl.credit([rollout], lambda *_: {0: bad, 1: 1.0}, random.Random(0))  # noqa: B023
+        with pytest.raises(tokenrl.UserError, match="finite"):
+            tokenrl.credit([rollout], lambda *_: {0: bad, 1: 1.0}, random.Random(0))  # noqa: B023
+        credited = [(rollout, tokenrl.Trie(rollout.completions), {0: bad, 1: 1.0})]
         policy = tokenrl.Policy(model, None, "chat")
         _, peaks = tokenrl.update(policy, credited, 1, optimizer, settings_of())
         assert peaks["skipped"] and torch.equal(trained_weights(model), before)
@@ -1294,7 +1296,7 @@ def test_no_more_rows_at_a_time_than_asked_for(words, monkeypatch):
     )
     options = dict(max_new_tokens=6, ends=set(), rows=3)
     groups = tokenrl.sample(random_model("qwen2"), words, [[5, 6], [7]], 8, **options)
-    assert rows == ([3] * 6 + [3] * 6 + [2] * 6) * 2 and [len(group) for group in groups] == [8, 8]
+    assert rows == [3] * 30 + [1] * 6 and [len(group) for group in groups] == [8, 8]
     assert len({tuple(completion) for completion in groups[0]}) > 3  # each part draws anew
 
 
@@ -1777,25 +1779,25 @@ def test_samples_leave_the_greedy_batches_as_they_are(words, monkeypatch):
     policy = tokenrl.Policy(random_model("qwen2"), words, "{question}")
     problems = [tokenrl.Problem(f"{2 + i} {2 + 7 * i % 90}", "1") for i in range(50)]
     settings = settings_of(batch_rows=20, max_new_tokens=8)
-    asked, told, plain = [], [], tokenrl.sample
+    asked, told, plain = [], [], tokenrl._decode
 
-    def sample(model, tokenizer, prompts, count, **rest):
-        asked.append((prompts, count, rest["temperature"]))
-        return plain(model, tokenizer, prompts, count, **rest)
+    def decode(model, starts, owners, ended, temperature, generator):
+        asked.append(([starts[i] for i in owners], temperature))
+        return plain(model, starts, owners, ended, temperature, generator)
 
-    monkeypatch.setattr(tokenrl, "sample", sample)
+    monkeypatch.setattr(tokenrl, "_decode", decode)
     alone = tokenrl.evaluate(policy, problems, settings)
     greedy, asked[:] = list(asked), []
     beside = tokenrl.evaluate(policy, problems, settings, samples=5, tick=told.append)
-    assert [call for call in asked if call[2] == 0] == greedy
-    assert all(len(prompts) * count <= 20 for prompts, count, _ in asked)
+    assert [call for call in asked if call[1] == 0] == greedy
+    assert all(len(starts) <= 20 for starts, _ in asked)
     for key in ("completion", "entropy", "length"):
         assert [record[key] for record in beside] == [record[key] for record in alone]
     assert {record["samples"] for record in beside} == {5} and sum(told) == 50 * (1 + 5)
 
 
 def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
-    words.encode, calls = (lambda text, **_: [5]), []
+    words.encode, temperatures = (lambda text, **_: [5]), []
     policy = tokenrl.Policy(
         random_model("qwen2"),
         words,
@@ -1803,8 +1805,8 @@ def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
         score=lambda text, answer: 1.0 if text.split()[0] == answer else 0.5,
     )
 
-    def scripted(model, tokenizer, prompts, count, *, temperature, seed, **_):
-        calls.append((temperature, seed))
+    def scripted(model, tokenizer, prompts, count, *, temperature, **_):
+        temperatures.append(temperature)
         group = [[6, 1]] if count == 1 else [[6, 1], [7, 1], [6]]  # the last is cut off
         stats = [[0.5 * (i + 1) for i in range(len(c))] for c in group]
         return [group for _ in prompts], [stats for _ in prompts], [stats for _ in prompts]
@@ -1815,7 +1817,7 @@ def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
     records = tokenrl.evaluate(policy, problems, settings, samples=3)
     keys = ("correct", "samples_correct", "length", "entropy")
     assert [tuple(r[k] for k in keys) for r in records] == [(True, 1, 2, 0.75), (False, 1, 2, 0.75)]
-    assert [t for t, _ in calls] == [0.0, 0.7, 0.7] and calls[1][1] != calls[2][1]
+    assert temperatures == [0.0, 0.7]
 
 
 # ---- other systems -------------------------------------------------------------------------------

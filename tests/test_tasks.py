@@ -242,7 +242,7 @@ def test_the_bundled_task_is_read():
         (
             "train.jsonl",
             '\n\n{"question": "q", "answer": 1}\n{"question": "q2", "answer": "x"}\n',
-            "train.jsonl line 2: the answer 'x' is not a number",
+            "train.jsonl line 4: the answer 'x' is not a number",
         ),
         (
             "test.jsonl",
