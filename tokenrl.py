@@ -2158,19 +2158,19 @@ def digest(*facts) -> str:
 def note_other_data(run: Path, settings: Settings, task: Task) -> None:
     """Say so where a run was trained on other data of that name, perhaps on what is asked now."""
     if (path := run / "config.json").exists():
-        saved, data = read_json(path), digest(task.train + task.test, task.decimal)
-        if saved["settings"].get("task") == settings.task and saved.get("data") != data:
-            console.print(f"Note: {run} had other data of that name, and may know these answers.")
+        saved, now = read_json(path), digest(task.train, task.test, task.decimal)
+        if saved["settings"].get("task") == settings.task and saved.get("problems", now) != now:
+            console.print(f"Note: {run} had other data of that name: it may know these answers.")
 
 
 def open_run(settings: Settings, policy, task: Task, name: str, resume: Path | None) -> Path:
     """The folder of the run that goes on, or a new one: runs/NAME, or -2, -3, ... behind it."""
-    facts = {"data": digest(task.train + task.test, task.decimal)}
+    facts = {"problems": digest(task.train, task.test, task.decimal)}
     facts["asked"] = digest(policy.prompt, policy.examples)
     if resume:
         known = facts | read_json(resume / "config.json")  # older ones know less
         other = any(known[key] != facts[key] for key in facts)
-        refuse(other, f"Data, prompt or examples are not those with which {resume} began.")
+        refuse(other, f"The data or the prompt are not those with which {resume} began.")
         lost = (resume / "adapter_model.safetensors").exists() > (resume / "state.pt").exists()
         refuse(lost, f"{resume} has an adapter but no state.pt: it cannot be resumed.")
         return resume
@@ -2325,7 +2325,7 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: 
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
     with bare, progress("evaluating", len(problems), stop) as tick:
-        found = evaluate(policy, problems, settings, tick=tick)
+        found = evaluate(policy, problems, settings, 0, tick)
     records = [{"phase": phase, **record} for record in found]
     if rank_and_world()[0] == 0:
         write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)

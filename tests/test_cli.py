@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors.torch
 import tokenizers
@@ -108,6 +109,67 @@ def test_train_eval_and_gate(cli):
     short = ["--limit", "4", "--min-accuracy", "1.0", "--max-new-tokens", "1"]
     code, text = cli("eval", "svamp", *short)
     assert code == 1 and "below --min-accuracy" in text
+
+
+def test_adapters_are_compared_as_all_were_asked_or_not_at_all(cli):
+    """Else the gate would judge the last one by the prompt of the first."""
+    Path("other.txt").write_text("Solve: {question}")
+    one_step(cli, "plain", "--seed", 1)
+    one_step(cli, "alike")
+    one_step(cli, "other", "--prompt", "other.txt", "--max-new-tokens", 9)
+    both = ["eval", "svamp", "--limit", 2, "--adapter", "runs/plain", "--adapter"]
+    assert cli(*both, "runs/alike")[0] == 0
+    assert refused(cli(*both, "runs/other"), "runs/other", "--prompt", "--max-new-tokens")
+    assert cli(*both, "runs/other", "--prompt", "other.txt", "--max-new-tokens", 9)[0] == 0
+    assert refused(cli(*both, "runs/other", "--prompt", "auto"), "how: --max-new-tokens")
+
+
+def test_a_process_without_a_prompt_of_its_own(cli, monkeypatch):
+    plain = tokenrl.train
+
+    def train(*arguments):
+        for row, _ in plain(*arguments):
+            yield row, []
+
+    monkeypatch.setattr(tokenrl, "train", train)
+    one_step(cli, "one")
+
+
+def test_patience_is_named_where_it_ends_a_run(cli):
+    task = small_task(train=30)
+    often = ["--steps", 9, "--validate-every", 1, "--patience", 2, "--max-new-tokens", 1]
+    code, text = cli("train", *task, *often, "--group-size", 2, "--prompts-per-step", 1)
+    assert code == 0 and "of 2 (no gain: --patience)" in text
+    assert "--patience" not in cli("train", *task, *FAST, "--steps", 1)[1]
+
+
+def test_an_adapter_with_dropout_is_trained_without(cli):
+    model = tokenrl.load_model("demo", "cpu")[0]
+    options = {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained("elsewhere")
+    config = json.loads(Path("elsewhere/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "demo"
+    Path("elsewhere/adapter_config.json").write_text(json.dumps(config))
+    base = tokenrl.load_model("demo", "cpu")[0]
+    loaded = tokenrl.load_adapter(base, Path("elsewhere"), "default", "demo", trainable=True)
+    with torch.no_grad():
+        for key, parameter in loaded.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_()
+    trie = tokenrl.Trie([[5, 6, 7]])
+    first, second = (tokenrl.packed_logprobs(loaded, [3, 4], trie, [0, 1, 2]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_an_adapter_that_is_a_prompt_is_refused(cli):
+    model = tokenrl.load_model("demo", "cpu")[0]
+    tuned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(model, tuned).save_pretrained("tuned")
+    path = Path("tuned/adapter_config.json")
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": "demo"}
+    path.write_text(json.dumps(config))
+    answer = cli("eval", "svamp", "--model", "demo", "--limit", 2, "--adapter", "tuned")
+    assert refused(answer, "tuned does not fit demo")
 
 
 def test_each_column_is_its_own_adapter_and_the_gate_asks_the_last(cli):
@@ -578,7 +640,8 @@ def test_whatever_a_learning_rate_does_a_good_adapter_is_kept(cli, options):
 
 
 def test_non_finite_steps_stop_the_run(cli, monkeypatch):
-    monkeypatch.setattr(tokenrl, "s_grpo_weights", lambda trie, *_, **__: {0: float("nan")})
+    plain = tokenrl.pack_loss
+    monkeypatch.setattr(tokenrl, "pack_loss", lambda *given: plain(*given) * float("nan"))
     code, text = cli("train", "svamp", *FAST, "--steps", "9", "--name", "nan")
     assert refused((code, text), "not finite", "runs/nan", "--lr")
     rows = [row for row in rows_of("runs/nan/metrics.jsonl") if row["tokens_trained"]]

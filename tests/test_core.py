@@ -829,6 +829,22 @@ def test_passes_of_long_completions(completions, budget, passes):
     assert len(packs) == passes and sum(len(weights) for *_, weights in packs) == len(trie.tokens)
 
 
+@pytest.mark.parametrize("begin, shared", [([], 0), ([1], 1), ([1] * 90, 90)])
+def test_long_questions_do_not_make_more_passes(begin, shared):
+    """The budget is the completions', whatever of the prompts is shared."""
+    credited = []
+    for number in range(4):
+        completions = [[10 * number + i] * 60 for i in range(10, 18)]
+        prompt = begin + [2 + number] * (100 - len(begin))
+        trie = tokenrl.Trie(completions)
+        weights = dict.fromkeys(range(len(trie.tokens)), 1.0)
+        rollout = tokenrl.Rollout(PROBLEM, prompt, completions, [0.0] * 8)
+        credited.append((rollout, trie, weights))
+    packs = list(tokenrl.step_packs(credited, 240))
+    assert len(packs) == 8 and {len(prompt) for prompt, *_ in packs} == {shared}
+    assert sum(len(weights) for *_, weights in packs) == 4 * 8 * 60
+
+
 def test_kl_is_zero_at_the_base_and_pulls_back_to_it():
     """--beta weighs the mean of exp(gap) - gap - 1 over the trained tokens, however packed."""
     trie_of = [[7, 9], [8]]

@@ -115,6 +115,15 @@ def test_multiply_can_give_every_pair_once(digits):
         tokenrl.multiply_problems(digits, len(wanted) + 1, 0)
 
 
+@pytest.mark.parametrize("digits, count", [("2", 1000), ("2", 4000), ("2x1", 600)])
+def test_no_product_of_a_worked_example_is_asked(digits, count):
+    shown = {frozenset(pair) for pair in tokenrl.FACTORS}
+    for seed in range(3):
+        problems = tokenrl.multiply_problems(digits, count, seed)
+        asked = {frozenset(map(int, re.findall(r"\d+", p.question))) for p in problems}
+        assert len(problems) == len(asked) == count and not asked & shown
+
+
 def test_multiply_of_nine_digits():
     problems = tokenrl.multiply_problems("9", 50, 3)
     assert len(set(problems)) == 50 and problems == tokenrl.multiply_problems("9", 50, 3)
@@ -241,7 +250,10 @@ def test_many_rejected_rows_are_not_all_shown(cli):
             ["--name", "demo"],
             "'demo' cannot be the name of a task",
         ),
+        ("Demo.csv", b"question,answer\n1+1?,2\n", [], "'Demo' cannot be the name of a task"),
         ("f.csv", b"question,answer\n1+1?,2\n,4\n", [], "rejected line 3: no question"),
+        ("f.csv", b"question,answer\nIs 1  6?,2\nis 1 6?,3\n", [], "line 3: a contradiction"),
+        ("f.jsonl", b'\n{"question": "1+1?", "answer": ""}\n', [], "rejected line 2: no answer"),
         (
             "f.csv",
             b"question,answer\nHow much?,1,200\n1?,2\n",
@@ -437,7 +449,14 @@ def test_exact_answers_that_cannot_be_earned_are_rejected(cli):
         "*",
         "No.",
     ]
-    bad = ["two\nlines", "the answer is 5", "Answer: B", "so \\boxed{B}", "<answer>B</answer>"]
+    bad = [
+        "two\nlines",
+        "the answer is 5",
+        "Answer: B",
+        "so \\boxed{B}",
+        "<answer>B</answer>",
+        "{}",
+    ]
     write_rows("f.jsonl", numbered(*good, *bad))
     code, text = cli("prep", "f.jsonl", "--data-dir", "d", "--reward", "exact")
     assert code == 0 and "no completion can give 'two\\nlines'" in text

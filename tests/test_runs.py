@@ -171,6 +171,41 @@ def test_resume_after_the_data_changed(cli):
     assert cli(*again)[0] == 0
 
 
+def test_resume_after_the_prompt_or_the_worked_examples_changed(cli):
+    task, shown = small_task(), Path("d/few/examples.jsonl")
+    shown.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n')
+    Path("asked.txt").write_text("Ask: {question}")
+    start = ["train", *task, *QUICK, "--steps", 1, "--validate-every", 0, "--eval-problems", 2]
+    for name, path in (("asked.txt", Path("asked.txt")), ("plain", shown)):
+        assert cli(*start, "--prompt", name, "--name", name)[0] == 0
+        again, whole = ["train", *task[:3], "--resume", f"runs/{name}"], path.read_text()
+        path.write_text(whole.replace("What", "How much").replace("Ask", "Solve"))
+        assert refused(cli(*again), "prompt", f"runs/{name}")
+        path.write_text(whole)
+        assert cli(*again)[0] == 0
+    config = json.loads(Path("runs/plain/config.json").read_text())
+    del config["asked"]  # as older versions wrote it
+    Path("runs/plain/config.json").write_text(json.dumps(config))
+    assert cli("train", *task[:3], "--resume", "runs/plain")[0] == 0
+
+
+def test_a_run_of_other_data_is_no_silent_judge_of_these(cli):
+    task = small_task()
+    assert cli("train", *task, *QUICK, "--steps", 1, "--name", "one")[0] == 0
+    ask = ["eval", *task, "--adapter", "runs/one"]
+    more = ["train", *task, *QUICK, "--steps", 1, "--adapter", "runs/one"]
+    for command in (ask, more):
+        code, text = cli(*command)
+        assert code == 0 and "other data" not in text
+    small_task(train=13, test=5)  # shuffled anew
+    for command in (ask, more):
+        code, text = cli(*command)
+        assert code == 0 and "runs/one had other data" in text
+    shutil.copytree("d/few", "d/new")
+    code, text = cli("eval", "new", *task[1:], "--adapter", "runs/one")
+    assert code == 0 and "other data" not in text  # of another name
+
+
 def test_resume_asks_again_what_is_missing_of_the_comparison(cli):
     task = small_task()
     start = ["train", *task, *QUICK, "--steps", 2, "--validate-every", 0]
@@ -475,7 +510,7 @@ def test_odd_values_in_a_runs_files_end_in_one_sentence(cli, finished, tmp_path,
     for name in ("config.json", "adapter_config.json"):
         whole = json.loads(Path("runs/x", name).read_text())
         inner = whole.get("settings", whole)
-        for key in list(inner) + ["settings", "data"] * (name == "config.json"):
+        for key in list(inner) + ["settings", "problems", "asked"] * (name == "config.json"):
             cases.append((name, key))
     for name in ("metrics.jsonl", "eval.jsonl"):
         cases += [(name, key) for key in rows_of(f"runs/x/{name}")[0]]

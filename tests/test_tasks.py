@@ -257,6 +257,11 @@ def test_the_bundled_task_is_read():
             '{"question": "q", "answer": "a"}\n{"question": "q"}\n',
             "examples.jsonl line 2 lacks",
         ),
+        (
+            "examples.jsonl",
+            json.dumps({"question": PROBLEMS[7].question, "answer": "a"}),
+            "is a worked example, too",
+        ),
         ("task.json", '{"decimal": ";"}', "is not a number"),
         ("task.json", '{"decimal": [1]}', "is not a number"),
         ("task.json", "{", "task.json does not hold rows"),
@@ -290,7 +295,7 @@ def test_text_answers_only_where_they_are_asked_for(tmp_path):
 def test_a_task_that_is_not_there(tmp_path):
     tokenrl.write_task("sums", PROBLEMS, [], 0.3, 0, tmp_path)
     for name in ("none", "svamp", "sums.csv", "a\0b", "../x"):
-        with pytest.raises(tokenrl.UserError, match="There is no task .* prep"):
+        with pytest.raises(tokenrl.UserError, match="There is no task .* prep .* --data-dir"):
             tokenrl.load_task(name, tmp_path)
 
 

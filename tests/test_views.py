@@ -358,6 +358,17 @@ def test_curves_of_all_runs_are_on_one_scale(screen):
     assert cells(console.text())["one"] == ["▁", "0.5", "0.5"]
 
 
+def test_plot_keeps_long_names_apart(cli, monkeypatch):
+    monkeypatch.setattr(tokenrl.console, "width", 80, raising=False)
+    names = [f"runs/invoices-2026-qwen2.5-coder-0.5b-with-a-long-name-{i}" for i in (1, 2)]
+    for name in names:
+        Path(name).mkdir(parents=True)
+        rows = [{"step": i, "reward": i / 40} for i in range(1, 41)]
+        tokenrl.write_jsonl(Path(name, "metrics.jsonl"), rows)
+    text = cli("plot", *names)[1]
+    assert "name-1" in text.replace(" ", "") and "name-2" in text.replace(" ", "")
+
+
 def test_plot(cli):
     base = [record(i, i < 1) for i in range(4)]
     trained = [record(i, i < 3, phase="trained") for i in range(4)]
