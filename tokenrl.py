@@ -177,7 +177,7 @@ class Settings:
 
 
 def flag(key: str) -> str:
-    """What a field of Settings is called on a command line."""
+    """The name of a field of Settings on a command line."""
     return {"task": "TASK", "start_from": "--adapter"}.get(key, "--" + key.replace("_", "-"))
 
 
@@ -228,6 +228,7 @@ _MARK = re.compile(r"#{4,}|\\f?box(?:ed)?\s*\{|<answer>|\banswer\s?(?:is\b:?|[:=
 _CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹]|EUR|USD|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs\.?)"
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALES |= {"k": 3, "m": 6, "mn": 6, "mio": 6, "b": 9, "bn": 9}
+_SCALE = "|".join(word for word in _SCALES if len(word) > 1)
 _UNIT = r"(?:(?:hr|hour|min|minute|day|week|month|year|dollar|euro)s?|h|ft|feet|m(?!\d))"
 _NUMBER = re.compile(
     rf"""
@@ -239,7 +240,7 @@ _NUMBER = re.compile(
     (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )            # see _decimal
     (?: \ ?/\ ? (?P<under> \d+ (?:[.,]\d+)* ) )?
     (?: (?: [eE] | \ ?[*x]\ ?10\ ?\^\ ? ) (?P<tens> [-+]?\d+ ) | \ ?\^\ ? (?P<power> [-+]?\d+ ) )?
-    (?: \ ?(?P<scale>(?i:hundred|thousand|(?:m|b|tr)illion|bn|mn|mio)(?=s?\b) | (?<!\ )[kKMB]\b ) )?
+    (?: \ ?(?P<scale> (?i:{_SCALE})(?=s?\b) | (?<!\ )[kKMB]\b ) )?
     """,
     re.VERBOSE,
 )
@@ -644,7 +645,7 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
             fault = fault_of(problems[-1], "number" if numeric else "", task.decimal)
             refuse(fault, f"{path} line {line}: {fault}.")
             copied = problems is task.test and problems[-1].question in shown
-            refuse(copied, f"{path} line {line} is a worked example, too, in {files[1]}.")
+            refuse(copied, f"{path} line {line} is a worked example, too: {files[1]}.")
     refuse(not task.test, f"{path} is empty.")
     return task
 
@@ -667,9 +668,8 @@ def prep(
     """Prepare a task: check and split problems into data/NAME/{train,test}.jsonl."""
     reward_function(reward)  # refuses a wrong one
     name = name or Path(what).stem
-    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in {"demo", "svamp", "multiply"} - {
-        what
-    }:
+    ours = {"demo", "svamp", "multiply"} - {what}
+    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in ours:
         raise UserError(f"{name!r} cannot be the name of a task; use --name.")
     examples, rejected = STORY_EXAMPLES, []
     if what == "svamp":
@@ -1364,8 +1364,9 @@ def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
     weights: dict[int, float] = defaultdict(float)
     mean, std = fmean(rewards), pstdev(rewards)
     for reward, nodes in zip(rewards, chosen):
+        advantage = (reward - mean) / (std + 1e-4)
         for node in nodes:
-            weights[node] += (reward - mean) / (std + 1e-4) / (len(chosen) * len(nodes))
+            weights[node] += advantage / (len(chosen) * len(nodes))
     return {node: weight for node, weight in weights.items() if abs(weight) > 1e-9}
 
 
@@ -1433,7 +1434,7 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
                 weights = {node: float(weight) for node, weight in found.items() if weight}
                 known = weights.keys() <= set(range(len(trie.tokens)))
                 if not (known and all(map(math.isfinite, weights.values()))):
-                    raise ValueError("nodes of the trie and finite weights are wanted")
+                    raise ValueError("wanted: nodes of the trie, finite weights")
             except (Exception, SystemExit) as error:  # a method of the user's own
                 raise UserError(f"--method gave no weights of nodes: {error!r}") from error
             if weights:
@@ -1476,7 +1477,7 @@ def pack(prompt: list[int], trie: Trie, nodes: list[int]):
 def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature: float = 1.0):
     """log pi(token(n) | prefix(n)) for each of `nodes`: float32 [len(nodes)], differentiable.
 
-    Logits are made a few rows at a time, and again in the backward pass: no more exist at once."""
+    Logits are made a few rows at a time, and again in the backward pass: never all at once."""
     alone = not prompt_ids and -1 in {trie.parents[node] for node in nodes}
     refuse(alone, "The prompt is empty: nothing predicts the first token of a completion.")
     base = base_of(model)
@@ -1518,8 +1519,8 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
 
 
 def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
-    """(prompt ids, trie, {node: weight}) of each forward pass that a step needs: what all prompts
-    share, and the trie of the rest of each prompt with its completions."""
+    """(prompt ids, trie, {node: weight}) of each forward pass of a step: what all prompts share,
+    and the trie of the rest of each prompt with its completions."""
     shared = os.path.commonprefix([rollout.prompt for rollout, *_ in credited])
     joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
     budget += max((len(r.prompt) for r, *_ in credited), default=0) - len(shared)  # for completions
@@ -1808,11 +1809,10 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
     """One record per problem: the greedy completion, whether it is right, and how many of `samples`
     at settings.temperature are. Processes share the problems. `tick` is told of each batch."""
     rank, world = rank_and_world()
-    own, groups = problems[rank::world], []
+    own, groups, seed = problems[rank::world], [], settings.seed + rank
     for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
         asked = replace(settings, group_size=count, temperature=temperature)
-        told = {"tick": lambda rows: tick(rows * world)}
-        groups.append(roll_out(policy, own, asked, settings.seed + rank, **told))
+        groups.append(roll_out(policy, own, asked, seed, tick=lambda rows: tick(rows * world)))
     records = []
     for number, (problem, first, *others) in enumerate(zip(own, *groups)):
         [greedy], [entropy] = first.completions, first.entropies
@@ -2156,7 +2156,7 @@ def digest(*facts) -> str:
 
 
 def note_other_data(run: Path, settings: Settings, task: Task) -> None:
-    """Say so where a run was trained on other data of that name, perhaps on what is asked now."""
+    """Say so where a run had other data of that name, perhaps what is asked now."""
     if (path := run / "config.json").exists():
         saved, now = read_json(path), digest(task.train, task.test, task.decimal)
         if saved["settings"].get("task") == settings.task and saved.get("problems", now) != now:

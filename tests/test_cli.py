@@ -147,9 +147,6 @@ def test_an_adapter_with_dropout_is_trained_without(cli):
     model = tokenrl.load_model("demo", "cpu")[0]
     options = {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained("elsewhere")
-    config = json.loads(Path("elsewhere/adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "demo"
-    Path("elsewhere/adapter_config.json").write_text(json.dumps(config))
     base = tokenrl.load_model("demo", "cpu")[0]
     loaded = tokenrl.load_adapter(base, Path("elsewhere"), "default", "demo", trainable=True)
     with torch.no_grad():
@@ -165,9 +162,6 @@ def test_an_adapter_that_is_a_prompt_is_refused(cli):
     model = tokenrl.load_model("demo", "cpu")[0]
     tuned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     peft.get_peft_model(model, tuned).save_pretrained("tuned")
-    path = Path("tuned/adapter_config.json")
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": "demo"}
-    path.write_text(json.dumps(config))
     answer = cli("eval", "svamp", "--model", "demo", "--limit", 2, "--adapter", "tuned")
     assert refused(answer, "tuned does not fit demo")
 
