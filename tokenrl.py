@@ -1780,19 +1780,19 @@ def load_state(run: Path, model, optimizer) -> dict:
     state: the step, what is known of the best adapter, and signs of trouble."""
     counts = dict.fromkeys(["step", "best_step", "stale", "failures", "dead"], 0)
     state = {"best": 0.0, "rewards": []} | counts
-    path, log = run / "state.pt", run / "metrics.jsonl"
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    path, log, adapter = run / "state.pt", run / "metrics.jsonl", run / "adapter_model.safetensors"
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
     try:
-        if path.exists():
+        if path.exists() or adapter.exists():
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = {key: type(start)(saved[key]) for key, start in state.items()}
             check_finite(saved["weights"].items(), path)
-            strange = model.load_state_dict(saved["weights"], strict=False).unexpected_keys
-            if strange or params.keys() - saved["weights"].keys():
+            if saved["weights"].keys() != names:
                 raise ValueError("of another adapter")
+            model.load_state_dict(saved["weights"], strict=False)
             optimizer.load_state_dict(saved["optimizer"])
             if state["step"]:  # the best adapter, which is needed at the end
-                safetensors.load_file(run / "adapter_model.safetensors")
+                safetensors.load_file(adapter)
         if rank_and_world()[0] == 0:
             text = read_text(log) if log.exists() else ""
             lines = text.splitlines(keepends=True)[: state["step"]]  # line n is step n
@@ -2171,8 +2171,6 @@ def open_run(settings: Settings, policy, task: Task, name: str, resume: Path | N
         known = facts | read_json(resume / "config.json")  # older ones know less
         other = any(known[key] != facts[key] for key in facts)
         refuse(other, f"The data or the prompt are not those with which {resume} began.")
-        lost = (resume / "adapter_model.safetensors").exists() > (resume / "state.pt").exists()
-        refuse(lost, f"{resume} has an adapter but no state.pt: it cannot be resumed.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
