@@ -1722,15 +1722,12 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
 
 def check_alive(state: dict, row: dict, run: Path) -> None:
     """End a run that goes on to no purpose."""
-    if state["failures"] >= 3:
-        fault = "Three steps had a loss that is not finite, or nothing within --target-kl"
-    elif state["dead"] >= DEAD_STEPS:
-        fault = f"{DEAD_STEPS} steps in a row had no signal, with {row['truncated']:.0%} cut off"
-    else:
-        return
-    kept = f"{run} holds the adapter of step {state['best_step']}"
     advice = "start again with a lower --lr, a higher --target-kl or more --max-new-tokens"
-    raise UserError(f"{fault}. {kept}; {advice}.")
+    end = f"{run} holds the adapter of step {state['best_step']}; {advice}."
+    failing = "Three steps had a loss that is not finite, or nothing within --target-kl"
+    refuse(state["failures"] >= 3, f"{failing}. {end}")
+    dead = f"{DEAD_STEPS} steps in a row had no signal, with {row['truncated']:.0%} cut off"
+    refuse(state["dead"] >= DEAD_STEPS, f"{dead}. {end}")
 
 
 def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
@@ -1787,8 +1784,7 @@ def load_state(run: Path, model, optimizer) -> dict:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = {key: type(start)(saved[key]) for key, start in state.items()}
             check_finite(saved["weights"].items(), path)
-            if saved["weights"].keys() != names:
-                raise ValueError("of another adapter")
+            refuse(saved["weights"].keys() != names, "of another adapter")
             model.load_state_dict(saved["weights"], strict=False)
             optimizer.load_state_dict(saved["optimizer"])
             if state["step"]:  # the best adapter, which is needed at the end
@@ -1796,8 +1792,8 @@ def load_state(run: Path, model, optimizer) -> dict:
         if rank_and_world()[0] == 0:
             text = read_text(log) if log.exists() else ""
             lines = text.splitlines(keepends=True)[: state["step"]]  # line n is step n
-            if [json.loads(line)["step"] for line in lines] != [*range(1, state["step"] + 1)]:
-                raise ValueError("steps are missing")
+            steps = [json.loads(line)["step"] for line in lines]
+            refuse(steps != [*range(1, state["step"] + 1)], "steps are missing")
             write_atomically(log, "".join(lines))
     except Exception as error:  # torn files
         damage = f"state.pt or metrics.jsonl in {run} is damaged ({first_line(error)})"
