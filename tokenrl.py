@@ -1709,12 +1709,12 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
         score, least = row["validation"], state["best"]
         state["stale"] = 0 if score > least else state["stale"] + 1
     elif score_rewards:
-        score, least = fmean(state["rewards"]), state["best"] / 2
+        wild = not row["kl"] < 1  # the rewards are older than that step
+        score, least = fmean(state["rewards"]), math.inf if wild else state["best"] / 2
     else:
         return False
     state["rewards"] = []
-    wild = "validation" not in row and not row["kl"] < 1  # rewards are older than the step
-    if score < least or wild:
+    if score < least:
         return False
     state["best"], state["best_step"] = max(score, state["best"]), row["step"]
     return True
