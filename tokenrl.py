@@ -2073,8 +2073,7 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
         settings.model = DEFAULT_MODEL
         if svamp and not device.startswith("cuda"):
             settings.model = "demo"
-            console.print("There is no CUDA GPU in use, so this is the small bundled model.")
-            console.print(f"The real thing: --model {DEFAULT_MODEL}, or a folder.")
+            console.print(f"No CUDA GPU, so the small bundled model; or --model {DEFAULT_MODEL}.")
     name, bundled, demo = settings.model, is_bundled(settings.model), DATA / "demo"
     alone = bundled and not demo.is_dir()
     refuse(alone, f"There is no {demo}: copy that folder too, or name a --model.")
