@@ -2103,9 +2103,6 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
     return Policy(model, tokenizer, form, examples, score, metric, settings.stop), task
 
 
-# A run's folder: config.json, metrics.jsonl, eval.jsonl, state.pt, and the adapter as peft has it.
-
-
 def read_json(path: Path) -> dict:
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(read_text(path)), dict):
