@@ -1859,7 +1859,7 @@ def show_step(row: dict, device, note: str = "") -> None:
         memory = "  VRAM" if torch.device(device).type == "cuda" else "memory"
         console.print(note)
         console.print(TITLES.replace("memory", memory), style="bold", soft_wrap=True)
-    share = row["tokens_trained"] / max(1, row["tokens_generated"])
+    share = row["tokens_trained"] / row["tokens_generated"]
     more = {"mark": "!" * row["skipped"] + str(row["step"]), "trained": share}
     more |= {"seconds": row["rollout_s"] + row["update_s"], "memory": row["peak_memory"] / 2**30}
     line = LINE.format(**row, **more)
