@@ -1755,20 +1755,18 @@ def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
     """state.pt and, with `keep`, the adapter: they replace the old files once all are complete."""
     if rank_and_world()[0] > 0:
         return
-    temporary = run / "saving.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary, names = run / "saving.tmp", ["state.pt"]
+    temporary.mkdir(exist_ok=True)
     if keep:
         save_checkpoint(model, temporary, save_embedding_layers=False)  # "auto" would ask the hub
+        names = ["adapter_config.json", "adapter_model.safetensors", "state.pt"]
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     buffer = io.BytesIO()  # torch.save into a file does not say so when the disk is full
     torch.save(state | {"optimizer": optimizer.state_dict(), "weights": weights}, buffer)
     (temporary / "state.pt").write_bytes(buffer.getvalue())
-    names = ["adapter_config.json", "adapter_model.safetensors", "state.pt"]
     # state.pt comes last, but for step 0: an adapter without it is no run that can go on.
     for name in names if state["step"] else reversed(names):
-        if (temporary / name).exists():
-            os.replace(temporary / name, run / name)
+        os.replace(temporary / name, run / name)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
