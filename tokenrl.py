@@ -1692,7 +1692,7 @@ def gather(values: list) -> list:
 
 def new_optimizer(model):
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=0.0, weight_decay=0.0)
+    return torch.optim.Adam(params, lr=0.0)
 
 
 def judge(state: dict, row: dict, score_rewards: bool) -> bool:
