@@ -2308,7 +2308,7 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: 
     old = run_rows(path)
     done = [row for row in old if row.get("phase") == phase]
     asked = [Problem(*(row.get(part.name) for part in fields(Problem))) for row in done]
-    whole = all(row.get("correct") in (0, 1) and row.get("samples") == 0 for row in done)
+    whole = all(r.get(key) in (0, 1) for r in done for key in ("correct", "truncated", "samples"))
     if whole and asked == problems:
         return done
     bare = policy.model.disable_adapter() if phase == "base" else contextlib.nullcontext()
