@@ -1771,8 +1771,7 @@ def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
 
 
 def load_state(run: Path, model, optimizer) -> dict:
-    """Put model, optimizer and metrics back to the saved step, if there is one, and return the
-    state: the step, what is known of the best adapter, and signs of trouble."""
+    """The state from which a run goes on: model, optimizer and metrics are put back to it."""
     counts = dict.fromkeys(["step", "best_step", "stale", "failures", "dead"], 0)
     state = {"best": 0.0, "rewards": []} | counts
     path, log, adapter = run / "state.pt", run / "metrics.jsonl", run / "adapter_model.safetensors"
@@ -1836,8 +1835,7 @@ MEANS = {"truncated": ".1%", "length": ".1f", "entropy": ".3f", "metric": ".3f"}
 
 @contextlib.contextmanager
 def progress(label: str, total: int, stop: list = ()):
-    """Yields tick(count), which moves a bar, and ends the program if there is a signal in `stop`.
-    Without a terminal there is a line instead."""
+    """Yields tick(count), which moves a bar and ends the program if there is a signal in `stop`."""
     if not console.is_terminal:
         console.print(f"{label}: {total:,} ...")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
