@@ -1995,10 +1995,9 @@ def run_rows(path: Path) -> list[dict]:
 
 def accuracies(run: Path) -> str:
     """The accuracy before and after training, as far as the run has both."""
-    rows = run_rows(run / "eval.jsonl")
-    phases = [[r.get("correct") for r in rows if r.get("phase") == p] for p in ("base", "trained")]
-    whole = all(phases) and all(map(is_number, sum(phases, [])))
-    return " → ".join(f"{fmean(phase):.1%}" for phase in phases) if whole else ""
+    rows = [row for row in run_rows(run / "eval.jsonl") if is_number(row.get("correct"))]
+    phases = [[r["correct"] for r in rows if r.get("phase") == p] for p in ("base", "trained")]
+    return " → ".join(f"{fmean(phase):.1%}" for phase in phases) if all(phases) else ""
 
 
 def curve_table(curves: dict[str, dict], what: str) -> Table:
