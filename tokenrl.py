@@ -2156,8 +2156,7 @@ def open_run(settings: Settings, policy, task: Task, name: str, resume: Path | N
     facts["asked"] = digest(policy.prompt, policy.examples)
     if resume:
         known = facts | read_json(resume / "config.json")  # older ones know less
-        other = any(known[key] != facts[key] for key in facts)
-        refuse(other, f"The data or the prompt are not those with which {resume} began.")
+        refuse(known | facts != known, f"{resume} began with other data or another prompt.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
