@@ -2070,8 +2070,7 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
             settings.model = "demo"
             console.print(f"No CUDA GPU, so the small bundled model; or --model {DEFAULT_MODEL}.")
     name, bundled, demo = settings.model, is_bundled(settings.model), DATA / "demo"
-    alone = bundled and not demo.is_dir()
-    refuse(alone, f"There is no {demo}: copy that folder too, or name a --model.")
+    refuse(bundled and not demo.is_dir(), f"There is no {demo}: copy that folder, or use --model.")
     with processes().main_process_first():
         if svamp and not bundled and not (settings.data_dir / "svamp").is_dir():
             console.print("Preparing SVAMP first, as prep svamp does ...")
@@ -2133,8 +2132,7 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
             refuse(changed, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
         elif resume or key in saved.keys() - MACHINE and command in item.metadata["on"]:
             trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
-            foreign = key in CODE and is_code(there)
-            refuse(foreign, f"{run} was made with code of its own; {trust}")
+            refuse(key in CODE and is_code(there), f"{run} was made with its own code; {trust}")
             setattr(settings, key, there)
 
 
@@ -2371,8 +2369,7 @@ def eval_command(
 def check_writable(path: Path | None, *kinds: str) -> None:
     """Raise now, not after an hour, where --output cannot be written or is of no known kind."""
     if path:
-        unknown = kinds and path.suffix not in kinds
-        refuse(unknown, f"--output {path} must end in {' or '.join(kinds)}.")
+        refuse(kinds and path.suffix not in kinds, f"--output must end in {' or '.join(kinds)}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         open(path, "a").close()
 
