@@ -2125,8 +2125,7 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
     saved, resume = run_settings(run), command == "train"
     for item in fields(Settings):
         key, here, there = item.name, getattr(settings, item.name), saved.get(item.name)
-        lacks = f"{run}/config.json lacks {key}; --adapter {run} starts anew from it."
-        refuse(resume and key not in saved, lacks)
+        refuse(resume and key not in saved, f"{run} lacks {key}; start anew with --adapter {run}.")
         if key in given or key == "task":
             changed = resume and key not in MACHINE and here != there
             refuse(changed, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
