@@ -2271,8 +2271,7 @@ def to_paste(words: list, settings: Settings, keys: list[str]) -> str:
 
 @contextlib.contextmanager
 def catch_signals(again: str):
-    """Yields a list that gets the first Ctrl-C or SIGTERM, so that the step in progress is saved; a
-    second one ends the program. `again` is the command that goes on."""
+    """Yields a list that gets the first Ctrl-C or SIGTERM; `again` is the command that goes on."""
     stop, owner = [], os.getpid()
 
     def handle(number, frame):
