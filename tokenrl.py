@@ -2068,7 +2068,7 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
         settings.model = DEFAULT_MODEL
         if svamp and not device.startswith("cuda"):
             settings.model = "demo"
-            console.print(f"No CUDA GPU, so the small bundled model; or --model {DEFAULT_MODEL}.")
+            console.print(f"No CUDA GPU: the small bundled model, not --model {DEFAULT_MODEL}.")
     name, bundled, demo = settings.model, is_bundled(settings.model), DATA / "demo"
     refuse(bundled and not demo.is_dir(), f"There is no {demo}: copy that folder, or use --model.")
     with processes().main_process_first():
