@@ -362,7 +362,6 @@ def exact_reward(text: str, answer: str) -> float:
 
 # ---- 3. Tasks: rewards, files, problems, prep ---------------------------------------------------
 
-
 SVAMP_URL = "https://raw.githubusercontent.com/arkilpatel/SVAMP/main/SVAMP.json"
 SVAMP_SHA256 = "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"
 
@@ -380,23 +379,20 @@ Mina fills 4 bags with 6 shells in each bag. How many shells is that?
 After Jon gave away 7 stamps he had 12 left. How many stamps did he have before?
 He had the 12 that are left and the 7 he gave away: 12 + 7 = 19 stamps.
 #### 19"""
-
-
-def product(a: int, b: int) -> str:
-    tens, ones = b // 10 * 10, b % 10
-    return (
-        f"What is {a} * {b}?\n{a} * {b} = {a} * {tens} + {a} * {ones}\n{a} * {tens} = {a * tens}\n"
-        f"{a} * {ones} = {a * ones}\n{a * tens} + {a * ones} = {a * b}\n#### {a * b}"
-    )
-
-
-def worked_example(text: str) -> dict:
-    return dict(zip(("question", "answer"), text.split("\n", 1)))
-
-
-STORY_EXAMPLES = [worked_example(story) for story in STORIES.split("\n\n")]
+STORY_EXAMPLES = [
+    dict(zip(("question", "answer"), story.split("\n", 1))) for story in STORIES.split("\n\n")
+]
 FACTORS = (47, 36), (83, 52), (8, 59), (64, 27)
-MULTIPLY_EXAMPLES = [worked_example(product(a, b)) for a, b in FACTORS]
+
+
+def product_example(a: int, b: int) -> dict:
+    tens, ones = b // 10 * 10, b % 10
+    answer = f"{a} * {b} = {a} * {tens} + {a} * {ones}\n{a} * {tens} = {a * tens}\n"
+    answer += f"{a} * {ones} = {a * ones}\n{a * tens} + {a * ones} = {a * b}\n#### {a * b}"
+    return {"question": f"What is {a} * {b}?", "answer": answer}
+
+
+MULTIPLY_EXAMPLES = [product_example(a, b) for a, b in FACTORS]
 
 
 @dataclass(frozen=True)
