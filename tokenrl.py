@@ -50,7 +50,6 @@ import tempfile
 import time
 import urllib.request
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1052,13 +1051,15 @@ def next_steps(base, cache, visible, room: int) -> Callable:
     place = torch.tensor([visible.shape[1] - room], device=base.device)
     ids = place.new_zeros(len(visible), 1)
 
-    def write(layer, keys, values, *_, **__):
+    layers, longer = cache.layers, partial(torch.nn.functional.pad, pad=(0, 0, 0, room))
+    for layer in layers:
+        layer.keys, layer.values = longer(layer.keys), longer(layer.values)
+
+    def write(keys, values, number, *_, **__):
+        layer = layers[number]
         return layer.keys.index_copy_(2, place, keys), layer.values.index_copy_(2, place, values)
 
-    for layer in cache.layers:
-        longer = partial(torch.nn.functional.pad, pad=(0, 0, 0, room))
-        layer.keys, layer.values = longer(layer.keys), longer(layer.values)
-        layer.update = partial(write, weakref.proxy(layer))  # itself would be a cycle
+    cache.update = write  # it holds the layers alone: with `cache` it would be a cycle
 
     def step():
         visible.index_fill_(1, place, True)
