@@ -32,7 +32,6 @@ import contextlib
 import csv
 import ctypes
 import hashlib
-import http.client
 import importlib
 import inspect
 import io
@@ -567,7 +566,7 @@ def svamp_problems(source: Path | None) -> list[Problem]:
     address = source.absolute().as_uri() if source else SVAMP_URL
     try:
         raw = urllib.request.urlopen(address, timeout=20).read()
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:  # of any kind
         again = "python tokenrl.py prep svamp --source SVAMP.json"
         raise UserError(f"{address} cannot be read ({error}); with a copy: {again}") from None
     other = hashlib.sha256(raw).hexdigest() != SVAMP_SHA256
