@@ -188,8 +188,7 @@ def check_settings(settings: Settings) -> None:
             low, high = item.metadata["range"]
             fits = type(value) in (int, *kinds) and (value is None or low <= value <= high)
             wanted += f" from {low:g} to {high:g}"
-        if not fits:
-            raise UserError(f"{flag(item.name)} {value} is not of type {wanted}.")
+        refuse(not fits, f"{flag(item.name)} {value} is not of type {wanted}.")
 
 
 # ---- 2. Answers: reading the final number or text of a completion -------------------------------
@@ -700,15 +699,14 @@ def fetch_model(name: str) -> str:
         return fetch()
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         fault = "is no folder and not on the hub; check the spelling (private: hf auth login)"
-        raise UserError(f"{name} {fault}.") from None
     except Exception as error:  # of any kind
         with contextlib.suppress(FileNotFoundError):
             folder = fetch(local_files_only=True)
             if any(Path(folder).glob("*.safetensors")):
                 return folder
         reason = first_line(error) if str(error) else "no answer"
-        fault = f"is no folder here and cannot be had from the hub now ({reason})"
-        raise UserError(f"{name} {fault}; try again, or give a folder or demo.") from None
+        fault = f"is no folder, and the hub fails ({reason}); try again, or give a folder or demo"
+    raise UserError(f"{name} {fault}.")
 
 
 # ---- 4. Policy: model, tokenizer, LoRA, prompts, memory meter, a card's graphs ------------------
