@@ -100,9 +100,20 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     pattern = "(out of|can't allocate|not enough) memory"
     return isinstance(error, MemoryError) or bool(re.search(pattern, str(error)))
+
+
+@contextlib.contextmanager
+def explained(sentence: str, kinds=Exception, show=first_line):
+    """Whatever a user's file, model or code raises inside becomes a UserError that begins so."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(f"{sentence}: {show(error)}") from None
 
 
 # ---- 1. Settings: every option of train, eval and inspect, once ---------------------------------
@@ -420,14 +431,12 @@ def method_name(method: str) -> str:
 def load_function(option: str) -> Callable:
     """The function that FILE.py:function names."""
     path, _, name = option.rpartition(":")
-    try:
-        with contextlib.chdir("."):  # and back, wherever it goes
-            function = runpy.run_path(path)[name]
+    fault = f"{name!r} cannot be loaded from {path}"
+    with explained(fault, BaseException, repr), contextlib.chdir("."):  # sys.exit(), too
+        function = runpy.run_path(path)[name]
         if not callable(function):
             raise TypeError("no function")
-        return function
-    except BaseException as error:  # sys.exit() too
-        raise UserError(f"{name!r} cannot be loaded from {path}: {error!r}.") from None
+    return function
 
 
 def reward_function(option: str, decimal: str = "") -> Callable[[str, str], float]:
@@ -447,15 +456,12 @@ def reward_function(option: str, decimal: str = "") -> Callable[[str, str], floa
     score = load_function(option) if is_code(option) else matches
 
     def reward(text: str, answer: str) -> float:
-        try:
-            with contextlib.chdir("."):
-                value = round(float(score(text, answer)), 6)  # 0.7 + 0.2 + 0.1 is 1
-            if 0 <= value <= 1:
-                return value
-            raise ValueError(f"{value} is not from 0 to 1")
-        except BaseException as error:
-            case = f"{text!r} where {answer!r} is right"
-            raise UserError(f"{option} fails on {case}: {error!r}.") from None
+        fault = f"{option} fails on {text!r} where {answer!r} is right"
+        with explained(fault, BaseException, repr), contextlib.chdir("."):
+            value = round(float(score(text, answer)), 6)  # 0.7 + 0.2 + 0.1 is 1
+            if not 0 <= value <= 1:
+                raise ValueError(f"{value} is not from 0 to 1")
+        return value
 
     if score is matches:
         reward("", "Paris")  # refuses a wrong pattern
@@ -474,7 +480,7 @@ def read_text(path: Path) -> str:
 def read_rows(path: Path) -> list[tuple[int, dict]]:
     """(line, row) of JSONL, of a JSON array, or of a sheet: CSV with a header line."""
     text = read_text(path)
-    try:
+    with explained(f"{path} does not hold rows"):
         if path.suffix.lower() not in (".json", ".jsonl"):
             mark, table = re.fullmatch(r'(?is)(?:"?sep=(.)"?\n)?(.*)', text).groups()  # Excel's own
             style = {"skipinitialspace": True, "strict": True}
@@ -484,8 +490,6 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
         if not text.lstrip().startswith("["):  # JSONL is an array without its commas
             text = "[" + ",\n".join(line.strip() or "{}" for line in text.split("\n")) + "]"
         return [(line, {**row}) for line, row in enumerate(json.loads(text), 1) if row != {}]
-    except (ValueError, TypeError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} does not hold rows: {error}.") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -563,11 +567,8 @@ def file_problems(path: Path, question: str, answer: str, reward: str, decimal: 
 def svamp_problems(source: Path | None) -> list[Problem]:
     """SVAMP (Patel et al. 2021), from a copy or the network."""
     address = source.absolute().as_uri() if source else SVAMP_URL
-    try:
+    with explained(f"{address} cannot be read (with a copy: prep svamp --source SVAMP.json)"):
         raw = urllib.request.urlopen(address, timeout=20).read()
-    except Exception as error:  # of any kind
-        again = "python tokenrl.py prep svamp --source SVAMP.json"
-        raise UserError(f"{address} cannot be read ({error}); with a copy: {again}") from None
     other = hashlib.sha256(raw).hexdigest() != SVAMP_SHA256
     refuse(other, "SVAMP.json is not as published: its sha256 differs.")
     problems = []
@@ -763,10 +764,8 @@ class Policy:
 
 def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
     options |= {"return_dict": False, "enable_thinking": False}  # long thoughts would be cut off
-    try:
+    with explained("The chat template fails (use --prompt plain)"):
         return tokenizer.apply_chat_template(turns, **options)
-    except Exception as error:  # a template is a program
-        raise UserError(f"Chat template: {first_line(error)}; use --prompt plain.") from None
 
 
 def processes(cpu: bool = False):
@@ -779,10 +778,8 @@ def pick_device(device: str) -> str:
     state = processes(device == "cpu")
     if device == "auto" or state.num_processes > 1:
         return str(state.device)
-    try:
+    with explained(f"--device {device!r} is not there; use auto, cpu, cuda or mps"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device!r} is not there; use auto, cpu, cuda or mps.") from None
     return device
 
 
@@ -817,14 +814,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    try:
+    with explained(f"{name} holds no model that can be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         kind = pick_dtype(dtype, device, stored_dtype(folder))
         model, found = load(folder, dtype=kind, output_loading_info=True)
-    except Exception as error:  # broken files
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        raise UserError(f"{name} holds no model that can be loaded: {first_line(error)}") from None
     missing = sorted(found["missing_keys"])  # transformers fills them with random numbers
     refuse(missing, f"{name} lacks weights of its model, such as {' '.join(missing[:1])}.")
     refuse(not tokenizer.encode("1"), f"{name} lacks its tokenizer (tokenizer.json).")
@@ -857,10 +850,8 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     first = len(stack) - max(1, round(len(stack) * layer_share))
     options = {"r": rank, "lora_alpha": alpha, "target_modules": wanted, "task_type": "CAUSAL_LM"}
     options["layers_to_transform"] = list(range(first, len(stack)))
-    try:
+    with explained("LoRA does not fit this model"):
         return recomputing(peft.get_peft_model(model, peft.LoraConfig(**options)))
-    except ValueError as error:
-        raise UserError(f"LoRA does not fit this model: {first_line(error)}") from None
 
 
 def recomputing(model):
@@ -887,7 +878,7 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
         refuse(not file.is_file(), f"{folder} holds no adapter (no {file.name}).")
     options = {"adapter_name": name, "is_trainable": trainable}
     options["torch_device"] = str(base_of(model).device)
-    try:
+    with explained(f"{folder} does not fit {given}"):
         if isinstance(model, peft.PeftModel):
             model.load_adapter(str(folder), **options)
         else:
@@ -898,8 +889,6 @@ def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = F
         wanted = peft.get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
         if strange := found.keys() ^ wanted.keys():  # peft would only warn
             raise ValueError(f"{min(strange)} is on one side only")
-    except Exception as error:  # a stranger's files
-        raise UserError(f"{folder} does not fit {given}: {first_line(error)}") from None
     check_finite(found.items(), path)
     return recomputing(model.eval()) if trainable else model  # a stranger's can have dropout
 
@@ -994,16 +983,12 @@ def check_length(config, length: int) -> None:
 def check_model(model, tokenizer) -> None:
     """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
     do, or changes its logits in a way of its own."""
-    base = base_of(model)
-    try:
+    kind = base_of(model).config.model_type
+    unfit = f"{kind} models do not fit the packed update; use a plain decoder such as Qwen2"
+    with explained(unfit):
         gaps = deviations(model, tokenizer)
-    except Exception as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        gaps = {f"{type(error).__name__}, {first_line(error)}": math.inf}
     for what, gap in gaps.items():
-        kind = f"{base.config.model_type} models do not fit the packed update"
-        refuse(not gap < 1, f"{kind} ({what}: {gap:.2g}); use a plain decoder such as Qwen2.")
+        refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
 
 
 def deviations(model, tokenizer) -> dict[str, float]:
