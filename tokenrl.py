@@ -283,11 +283,11 @@ def _value(match: re.Match | None, decimal: str) -> Fraction | None:
     under, power = match["under"], match["power"]
     whole, _, digits = match["digits"].rpartition(" ") if under else ("", "", match["digits"])
     try:
-        value = _decimal(digits, decimal) / (_decimal(under, decimal) if under else 1)
+        value = _decimal(digits, decimal) / _decimal(under or "1", decimal)
         exponent = int(power or match["tens"] or 0)
         if (whole and not 0 < value < 1) or (power and under) or abs(exponent) * len(digits) > 4300:
             return None
-        value += _decimal(whole, decimal) if whole else 0  # a mixed number
+        value += _decimal(whole or "0", decimal)  # a mixed number
         value = value**exponent if power else value * Fraction(10) ** exponent
     except (ValueError, ZeroDivisionError):
         return None
