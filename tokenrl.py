@@ -803,8 +803,7 @@ def is_bundled(model: str) -> bool:
 
 
 def stored_dtype(folder: str):
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return transformers.AutoConfig.from_pretrained(folder).get_text_config().dtype or torch.float32
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
@@ -903,8 +902,7 @@ def save_checkpoint(thing, folder: Path, **options) -> None:
 def end_tokens(model, tokenizer=None) -> set[int]:
     """Every end token that the generation config, the config or the tokenizer knows."""
     base, found = base_of(model), set()
-    generation = getattr(base, "generation_config", None)
-    for knows in (generation, base.config.get_text_config(), tokenizer):
+    for knows in (base.generation_config, base.config.get_text_config(), tokenizer):
         ids = getattr(knows, "eos_token_id", None)
         found.update(ids if isinstance(ids, (list, tuple)) else [ids])
     return found - {None}
@@ -915,7 +913,7 @@ def choose_prompt(option: str, model, tokenizer) -> str:
     the model stops where its chat template ends a turn; a base model can have a template too."""
     template = getattr(tokenizer, "chat_template", None)
     own = Path(tokenizer.name_or_path, "prompt.txt")
-    if option == "auto" and own.is_file() and own.with_name("config.json").is_file():
+    if option == "auto" and own.is_file():
         option = str(own)
     if option == "auto":
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
