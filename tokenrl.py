@@ -752,9 +752,8 @@ class Policy:
 
     def finished(self, completion: list[int]) -> bool:
         """Whether it ended by itself; else it was cut off at max_new_tokens."""
-        if completion[-1] in end_tokens(self.model, self.tokenizer):
-            return True
-        return bool(self.stop) and self.stop in self.tokenizer.decode(completion)
+        stopped = bool(self.stop) and self.stop in self.tokenizer.decode(completion)
+        return stopped or completion[-1] in end_tokens(self.model, self.tokenizer)
 
     def reward(self, problem: Problem, completion: list[int]) -> float:
         if not self.finished(completion):  # or nothing would teach the model to stop
