@@ -969,12 +969,11 @@ def rounded(length: int) -> int:
 def check_length(config, length: int) -> None:
     """Refuse what exceeds a model's context, or its sliding window, where packs are not exact."""
     text = config.get_text_config()
-    limit, what = getattr(text, "max_position_embeddings", None) or math.inf, "context"
-    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
-    if slides and (getattr(text, "sliding_window", None) or limit) < limit:
-        limit, what = text.sliding_window, "sliding window"
-    advice = "lower --max-new-tokens or shorten the prompt"
-    refuse(length > limit, f"{length} tokens are over the {what} of this model, {limit}; {advice}.")
+    limit = getattr(text, "max_position_embeddings", None) or math.inf
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"]):
+        limit = min(limit, getattr(text, "sliding_window", None) or limit)
+    over = f"{length} tokens are over this model's context or sliding window, {limit}"
+    refuse(length > limit, f"{over}; lower --max-new-tokens or shorten the prompt.")
 
 
 def check_model(model, tokenizer) -> None:
