@@ -910,16 +910,14 @@ def end_tokens(model, tokenizer=None) -> set[int]:
 def choose_prompt(option: str, model, tokenizer) -> str:
     """chat, plain, or the text of a template. auto: prompt.txt in the model's folder, else chat if
     the model stops where its chat template ends a turn; a base model can have a template too."""
-    template = getattr(tokenizer, "chat_template", None)
     own = Path(tokenizer.name_or_path, "prompt.txt")
     if option == "auto" and own.is_file():
         option = str(own)
     if option == "auto":
         turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+        template = getattr(tokenizer, "chat_template", None)
         chats = template and end_tokens(model) & set(chat_ids(tokenizer, turn)[-3:])
         option = "chat" if chats else "plain"
-    lacking = option == "chat" and not template
-    refuse(lacking, "This model has no chat template; use --prompt plain, or a file.")
     if option in ("chat", "plain"):
         return option
     text = read_text(Path(option))
