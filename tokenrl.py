@@ -701,10 +701,8 @@ def fetch_model(name: str) -> str:
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         fault = "is no folder and not on the hub; check the spelling (private: hf auth login)"
     except Exception as error:  # of any kind
-        with contextlib.suppress(FileNotFoundError):
-            folder = fetch(local_files_only=True)
-            if any(Path(folder).glob("*.safetensors")):
-                return folder
+        with contextlib.suppress(FileNotFoundError):  # nothing there, or not all of it
+            return fetch(local_files_only=True)
         reason = first_line(error) if str(error) else "no answer"
         fault = f"is no folder, and the hub fails ({reason}); try again, or give a folder or demo"
     raise UserError(f"{name} {fault}.")
