@@ -978,9 +978,8 @@ def check_model(model, tokenizer) -> None:
     kind = base_of(model).config.model_type
     unfit = f"{kind} models do not fit the packed update; use a plain decoder such as Qwen2"
     with explained(unfit):
-        gaps = deviations(model, tokenizer)
-    for what, gap in gaps.items():
-        refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
+        for what, gap in deviations(model, tokenizer).items():
+            refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
 
 
 def deviations(model, tokenizer) -> dict[str, float]:
