@@ -206,8 +206,9 @@ def check_settings(settings: Settings) -> None:
 
 # What Unicode, Markdown and LaTeX spell in many ways gets one spelling, in this order.
 _SAME = str.maketrans(
-    "‐‒–—―−⁄∕’‘“”×·⋅∙∗≈", "------//''\"\"*****=", "\u200b\u200c\u200d\u2060\ufeff"
+    "‐‒–—―−⁄∕’‘“”„«»×·⋅∙∗≈", '------//\'\'"""""*****=', "\u200b\u200c\u200d\u2060\ufeff"
 )
+_VERBS = "is|are|was|were|be|to|of|equals|ist|sind"  # before a minus in words
 _SPELLINGS = [
     (r"(?<![\w*\\])[*_]++(?=\S)|(?<=[^\s*_])[*_]++(?![\w({-])|`", ""),  # **bold**, _it_, `code`
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 1½ is 1 1/2
@@ -216,7 +217,7 @@ _SPELLINGS = [
     # By character: on a whole text of combining marks, normalize() takes quadratic time.
     (r"[A-Za-z][\u0300-\u036f]|[^\x00-\x7f]", lambda m: normalize("NFKC", m[0]).translate(_SAME)),
     (r"\n[-*+] +", "\n"),  # the dash of a list is no minus
-    (r"(?im)(^|[=:,;(] ?|\b(?:is|are|equals) )(?:minus|negative) (?=[\d.$€£])", r"\1-"),
+    (rf"(?im)(^|[=:,;(] ?|\b(?:{_VERBS}) )(?:minus|negative) (?=[\d.$€£])", r"\1-"),
     (r"\\\\(?![a-zA-Z])", ";"),  # the end of a row
     (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)(?![a-z])", " "),
@@ -232,12 +233,16 @@ _SPELLINGS = [
     (r" +", " "),
 ]
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
-_MARK = re.compile(r"#{4,}|\\f?box(?:ed)?\s*\{|<answer>|\banswer\s?(?:is\b:?|[:=])", re.IGNORECASE)
+_MARK = re.compile(  # but no heading of a step
+    r"""(?i)\#{4,}(?!\ ?step) | \\f?box(?:ed)?\s*\{ | <answer>
+    | \b(?:answer|antwort|réponse|respuesta)["']?\s?(?:(?:is|ist|lautet|est|es)\b:?|[:=])""",
+    re.VERBOSE,
+)
 _CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹]|EUR|USD|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs\.?)"
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES |= {"millionen": 6, "milliarden": 9, "mrd": 9, "tausend": 3, "tsd": 3}
 _SCALES |= {"k": 3, "m": 6, "mn": 6, "mio": 6, "b": 9, "bn": 9}
 _SCALE = "|".join(word for word in _SCALES if len(word) > 1)
-_UNIT = r"(?:(?:hr|hour|min|minute|day|week|month|year|dollar|euro)s?|h|ft|feet|m(?!\d))"
 _NUMBER = re.compile(
     rf"""
     (?: (?P<odd> (?: \\[a-zA-Z]+ | [√±/] | [^\W\d_](?=\() | -(?=[-+(]) ) [\ (]* )  # \sqrt 2, f(2)
@@ -253,18 +258,19 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _END = re.compile(  # what may stand behind a number; anything else says that it goes on
-    rf"""
+    r"""
     (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d | [eE][-+] ) # not 0.(3), 2x, 3π, 1h30
-    (?! (?:\ ?[^\W\d_]+)? \ (?: [-+*/;&] | and|or|to|plus|minus|times|over|by
-        | x|{_UNIT} ) \ ?[-$€£]?\d  # not 5 or 6, 2 h 30
-      | \ ?{_UNIT},?\ \d+\ ?(?:{_UNIT}|in|cm|s|cents)\b  # not 2h 30m
+    (?! (?:\ ?[^\W\d_]+)?\ (?:[-+*/;&x]|and|or|to|plus|minus|times|over|by|und|oder|et|y)
+        \ ?[-$€£]?\d                                        # not 5 or 6
+      | \ ?[^\W\d_]+[.,]?\ \d+(?:\ ?[^\W\d_]+)?\.?(?:\n|\Z)   # not 2h 30m, 1 in 5
       | (?:\ ?[^\W\d_]+)?\ and\ (?:a|one)\ (?:half|third|quarter)\b )
     [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                 # a bracket, a currency, percent
-    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{{2}}         # a unit: m, /hour, -year-old
+    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{2}           # a unit: m, /hour, -year-old
       | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )    # not 3:30, 1, 2 or 0.33...
     """,
     re.VERBOSE,
 )
+_CELL_END = re.compile(r"(?!(?<=\d)[-.] ?[^\W\d_])[.,-]*+ ?[^\s\d?!=:;]*(?:\^?[23])?")  # not 3-May
 
 
 def _decimal(digits: str, decimal: str) -> Fraction:
@@ -333,7 +339,7 @@ def read_number(text: str, decimal: str = "") -> Fraction | None:
     """The number that the whole text is, but for currency, percent or a unit; None if it is not
     one. decimal: "," or "." is the decimal mark; "" reads 1,234 as a group and 3,5 as a decimal."""
     match = _NUMBER.match(_plain(text, decimal).strip())
-    unit = match and re.fullmatch(r"[.,-]* ?[^\s\d?!=:;]*(?:\^?[23])?", match.string[match.end() :])
+    unit = match and _CELL_END.fullmatch(match.string, match.end())
     return _value(match, decimal) if unit else None
 
 
@@ -342,7 +348,9 @@ def extract_number(text: str, decimal: str = "") -> Fraction | None:
     \\boxed{5}, the answer is 5), else the last number. A number is read whole or not at all."""
     *lines, rest = _final_parts(_plain(text, decimal))
     for line in lines:
-        sentence = re.split(r"(?<=\d)\. (?=[A-Z])", line)[0]
+        # What explains the answer comes behind it: 5 apples (5 + 3 = 8). Check: ...
+        end = r"(?<=\S)[.!] (?=[A-Z(])| \((?=[^()]*=)|,? (?:because|since|denn|weil)\b"
+        sentence = re.split(end, line)[0]
         if sides := [side for side in sentence.split("=") if re.search(r"\d", side)]:
             return _value(_NUMBER.search(sides[-1].strip()), decimal)
     numbers = list(_NUMBER.finditer(rest))
