@@ -440,6 +440,7 @@ def load_function(option: str) -> Callable:
     """The function that FILE.py:function names."""
     path, _, name = option.rpartition(":")
     fault = f"{name!r} cannot be loaded from {path}"
+    sys.path.append(str(Path(path).resolve().parent))  # for what it imports from beside it
     with explained(fault, BaseException, repr), contextlib.chdir("."):  # sys.exit(), too
         function = runpy.run_path(path)[name]
         if not callable(function):
@@ -494,6 +495,8 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
             style = {"skipinitialspace": True, "strict": True}
             style["delimiter"] = mark or max(",;\t", key=table.split("\n")[0].count)
             reader = csv.DictReader(io.StringIO(table), **style)
+            names = [name for name in reader.fieldnames or () if name]
+            refuse(len(names) > len({*names}), f"{path} has two columns of one name: {names}.")
             return [(reader.line_num + bool(mark), row) for row in reader if any(row.values())]
         if not text.lstrip().startswith("["):  # JSONL is an array without its commas
             text = "[" + ",\n".join(line.strip() or "{}" for line in text.split("\n")) + "]"
@@ -517,7 +520,7 @@ def to_problem(row: dict, question="question", answer="answer", decimal="") -> P
     cells = [row.get(column) for column in (question, answer, "type")]
     asked, wanted, kind = ("" if cell is None else str(cell).strip() for cell in cells)
     if isinstance(cells[1], float):
-        wanted = wanted.replace(".", decimal or ".")
+        wanted = str(round(cells[1], 9)).replace(".", decimal or ".")  # not 0.30000000000000004
     return Problem(asked, wanted.rpartition("####")[2].strip(), kind)
 
 
@@ -679,12 +682,15 @@ def prep(
     elif what == "multiply":
         problems, examples = multiply_problems(digits, count, seed), MULTIPLY_EXAMPLES
     else:
+        inside = Path(what).resolve().parent == (data_dir / name).resolve()
+        refuse(inside, f"{what} would be overwritten: move it, or use --name.")
         problems, rejected, decimal = file_problems(Path(what), question, answer, reward, decimal)
     for row in rejected[:10]:
         console.print(f"rejected line {row['line']}: {row['reason']}")
     split = test_share, seed, data_dir
     train, test = write_task(name, problems, examples, *split, decimal or "", rejected)
     counts = f"{train:,} to train, {test:,} to test, {len(rejected):,} in rejected.jsonl"
+    counts += f", decimal mark {decimal}" if decimal else ""
     console.print(f"{data_dir / name}: {counts}", soft_wrap=True)
     chosen = Settings(reward=reward, data_dir=data_dir)
     command = to_paste(["train" if train else "eval", name], chosen, ["reward"])

@@ -260,6 +260,10 @@ def test_many_rejected_rows_are_not_all_shown(cli):
             [],
             "rejected line 2: more fields than the header",
         ),
+        ("f.csv", b"question,answer,answer\n1?,1,2\n2?,3,4\n", [], "two columns of one name"),
+        ("f.csv", b"question,answer\n1?,3. Mai\n2?,2\n", [], "'3. Mai' is not a number"),
+        ("f.csv", b"question,answer\n1?,12-May\n2?,2\n", [], "'12-May' is not a number"),
+        ("f.csv", b'question,answer\n1?,"12,50- EUR"\n2?,2\n', [], "is not a number"),
         (
             "f.txt",
             b"Some notes.\n1+1?\n",
@@ -400,6 +404,9 @@ def test_the_decimal_mark_is_found_or_asked_for(cli, answers, decimal):
         assert "two ways" in text and "--decimal" in text and not Path("d").exists()
     else:
         assert code == 0 and json.loads(Path("d/f/task.json").read_text()) == {"decimal": decimal}
+        assert ("decimal mark" in text) == bool(decimal) and (
+            not decimal or f"mark {decimal}" in text
+        )
         assert tokenrl.load_task("f", Path("d")).decimal == decimal
 
 
@@ -417,6 +424,22 @@ def test_the_decimal_mark_can_be_said(cli):
         assert {
             float(tokenrl.read_number(p.answer, mark)) for p in task.train + task.test
         } == values
+
+
+def test_a_task_is_not_made_of_its_own_files(cli):
+    Path("d/own").mkdir(parents=True)
+    write_rows("d/own/train.jsonl", numbered(*"123"))
+    before = Path("d/own/train.jsonl").read_bytes()
+    code, text = cli("prep", "d/own/train.jsonl", "--name", "own", "--data-dir", "d")
+    assert code == 1 and "would be overwritten" in text
+    assert Path("d/own/train.jsonl").read_bytes() == before
+    assert cli("prep", "d/own/train.jsonl", "--name", "other", "--data-dir", "d")[0] == 0
+
+
+def test_rounding_is_no_part_of_a_reference(cli):
+    write_rows("f.jsonl", numbered(0.1 + 0.2, 0.99 * 3, 2.5))
+    assert cli("prep", "f.jsonl", "--data-dir", "d", "--test-share", "0.34")[0] == 0
+    assert set(answers_of("d/f").values()) == {"0.3", "2.97", "2.5"}
 
 
 def test_worked_answers_of_gsm8k(cli):
