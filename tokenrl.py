@@ -753,10 +753,10 @@ class Policy:
             shots = [f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in self.examples]
             text = "".join(shots) + f"Question: {question}\nAnswer:"
         # A template may hold the begin token itself, and the end that some append is wrong here.
-        ids, begin = self.tokenizer.encode(text, add_special_tokens=False), []
-        if getattr(self.tokenizer, "bos_token_id", None) in (first := self.tokenizer.encode("1")):
-            begin = first[:1]
-        return ids if ids[:1] == begin else begin + ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        begin = self.tokenizer.encode("1")[:1]
+        lacks = begin == [getattr(self.tokenizer, "bos_token_id", None)] and ids[:1] != begin
+        return begin + ids if lacks else ids
 
     def text(self, completion: list[int]) -> str:
         text = self.tokenizer.decode(completion, skip_special_tokens=True)
@@ -1412,15 +1412,14 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
     credited = []
     for rollout in rollouts:
         if rollout.has_signal:
-            trie = Trie(rollout.completions, rollout.entropies, rollout.logprobs)
-            try:
-                found = method(trie, rollout.rewards, rng)
+            parts = rollout.completions, rollout.entropies, rollout.logprobs
+            trie = Trie(*parts)
+            with explained("--method gave no weights of nodes", (Exception, SystemExit), repr):
+                found = method(Trie(*parts), [*rollout.rewards], rng)  # it may write into its own
                 weights = {node: float(weight) for node, weight in found.items() if weight}
                 known = weights.keys() <= set(range(len(trie.tokens)))
                 if not (known and all(map(math.isfinite, weights.values()))):
                     raise ValueError("wanted: nodes of the trie, finite weights")
-            except (Exception, SystemExit) as error:  # a method of the user's own
-                raise UserError(f"--method gave no weights of nodes: {error!r}") from error
             if weights:
                 credited.append((rollout, trie, weights))
     return credited
@@ -1563,8 +1562,8 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
 
 def limited_step(policy, credited, params, optimizer, settings) -> tuple[float, bool]:
     """Step, and shorten it until KL(policy before it || after it) is under --target-kl: (that KL,
-    whether nothing is left of the step). It is the mean of k3 (Schulman 2020) over some tokens of
-    each process, trained or not, so that one limit suits a method that trains few of them."""
+    whether nothing is left of the step). It is estimated: the mean of k3 (Schulman 2020) over some
+    nodes of each process, trained or not, so that one limit suits a method that trains few."""
     whole = [(r, trie, dict.fromkeys(range(len(trie.tokens)), 1.0)) for r, trie, _ in credited]
     pack = next(step_packs(whole, KL_TOKENS), None)
 
@@ -1630,12 +1629,12 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         stopping = any(gather([bool(stop)]))  # all leave after the same step
         if held_out and (last or done % settings.validate_every == 0):
             row["validation"] = validate(policy, held_out, settings)
-        saving = "validation" in row or stopping or last or done % settings.save_every == 0
-        keep = judge(state, row, saving and not held_out)
+        due = last or done % settings.save_every == 0
+        keep = judge(state, row, due and not held_out)
         if rank == 0:
             with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        if saving:
+        if due or stopping or "validation" in row:
             save_run(run, policy.model, optimizer, state, keep)
         release_memory()
         yield row, rollouts

@@ -369,6 +369,15 @@ def test_nodes_that_nobody_weighs_ask_for_no_logprobs():
     assert found.shape == (0,)
 
 
+def test_packs_may_fill_the_context():
+    model = random_model("qwen2")
+    model.config.max_position_embeddings = 6
+    trie = tokenrl.Trie([[5, 6, 7, 8]])
+    tokenrl.packed_logprobs(model, [2, 3, 4], trie, [2])
+    with pytest.raises(tokenrl.UserError, match="7 tokens"):
+        tokenrl.packed_logprobs(model, [2, 3, 4], trie, [3])
+
+
 # ---- the start-up check -------------------------------------------------------------------------
 
 
@@ -641,6 +650,11 @@ def test_states_that_do_not_fit_are_refused(saved, damage):
     torch.save(state | {"weights": damage(state["weights"])}, run / "state.pt")
     with pytest.raises(tokenrl.UserError, match=re.escape(str(run))):
         tokenrl.load_state(run, model, tokenrl.new_optimizer(model))
+
+
+def test_shares_of_layers_are_rounded():
+    model = tokenrl.add_lora(random_model("qwen2"), 4, 8, "q_proj", 0.65)
+    assert model.peft_config["default"].layers_to_transform == [1, 2, 3]
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -1339,6 +1353,26 @@ def test_the_stop_text_finishes_a_completion_and_is_not_scored(words):
 # ---- replays ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stop", ["€€", " END"])
+def test_a_stop_text_is_seen_a_byte_at_a_time(words, monkeypatch, stop):
+    """A token for each byte; decoding strips a first space, as sentencepiece does."""
+    pieces = dict(enumerate(stop.encode(), 2))
+
+    def decode(ids, **_):
+        text = bytes(pieces.get(i, 120) for i in ids).decode(errors="replace")
+        return text.removeprefix(" ")
+
+    words.decode, script = decode, iter([20, 21, *pieces, 22, 23, 24])
+
+    def drawn(logits, *_):
+        row = torch.zeros(len(logits))
+        return row.long() + next(script), row, row
+
+    monkeypatch.setattr(tokenrl, "draw", drawn)
+    [[found]] = tokenrl.sample(random_model("qwen2"), words, [[5]], 1, max_new_tokens=10, stop=stop)
+    assert found == [20, 21, *pieces]
+
+
 def test_a_stop_text_that_a_replay_begins_with_is_seen(words):
     """The prefix ends in "\\n", and the first new tokens complete "\\nQuestion:"."""
     model, starts = random_model("qwen2"), [[5, i] for i in range(2, 97)]
@@ -1391,6 +1425,19 @@ def test_replays_start_in_groups_with_signal_and_in_no_cut_off_completion():
     _, prefixes = replayed(groups, range(40))
     assert {prefix[0] for prefix in prefixes} == {5} and len(prefixes) == 40
     assert replayed(groups[:2], range(40)) == ([], [])
+
+
+def test_replays_leave_two_tokens_to_go():
+    group = tokenrl.Rollout(PROBLEM, [1], [[5] * 3, [6] * 6], [1.0, 0.0])
+    _, prefixes = replayed([group], range(80))
+    lengths = {first: {len(p) for p in prefixes if p[0] == first} for first in (5, 6)}
+    assert lengths == {5: {1}, 6: {1, 2, 3, 4}}
+
+
+def test_the_best_of_a_group_is_its_success():
+    group = tokenrl.Rollout(PROBLEM, [1], [[5] * 4, [6] * 4], [0.6, 0.2])
+    _, prefixes = replayed([group], range(8))
+    assert [prefix[0] for prefix in prefixes] == [5, 6] * 4
 
 
 def test_a_replay_is_scored_with_what_it_starts_from():
@@ -1757,6 +1804,41 @@ def test_validation_decides_what_is_kept(tmp_path):
     assert (state["best"], state["best_step"], state["stale"]) == (0.5, 5, 2)
 
 
+def test_what_a_save_is_judged_by(tmp_path):
+    state = new_state(tmp_path, best=0.6)  # half of the best is enough
+    assert not tokenrl.judge(state, row_of(1, reward=0.29), True)
+    assert tokenrl.judge(state, row_of(2, reward=0.31), True)
+    state = new_state(tmp_path)  # a validation comes after the step, however wild that was
+    assert tokenrl.judge(state, row_of(1, kl=3.0) | {"validation": 0.5}, False)
+    for some in (IDLE | dict(truncated=0.8), dict(truncated=1.0)):
+        assert steps_until_the_end(new_state(tmp_path), [some] * 20)[0] is None
+    rows, _ = run_training(tmp_path, save_every=2)
+    means = [(rows[i]["reward"] + rows[i + 1]["reward"]) / 2 for i in (0, 2)]
+    best = torch.load(tmp_path / "state.pt", weights_only=True)["best"]
+    assert best == pytest.approx(max(means)) != max(row["reward"] for row in rows)
+
+
+def test_a_stop_without_validation_changes_nothing(tmp_path):
+    run_training(tmp_path / "whole", steps=4, save_every=4)
+    run_training(tmp_path / "parts", steps=4, save_every=4, stop=[2])
+    run_training(tmp_path / "parts", tiny_policy(seed=9), steps=4, save_every=4)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_last_step_is_validated(tmp_path):
+    rows, _ = run_training(tmp_path, held_out=PROBLEMS[:2], steps=3, validate_every=2)
+    assert ["validation" in row for row in rows] == [False, True, True]
+
+
+def test_rewards_between_0_and_1_are_validated_but_are_no_accuracy(tmp_path):
+    policy = tiny_policy()
+    policy.score = lambda text, answer: 0.8 * (len(text.split()) % 2)
+    options = dict(held_out=PROBLEMS[:6], validate_every=1, steps=2)
+    rows, _ = run_training(tmp_path, policy, **options)
+    assert max(row["validation"] for row in rows) > 0
+    assert {row["accuracy"] for row in rows} == {0} and max(row["reward"] for row in rows) > 0
+
+
 def own_task(folder, questions):
     (folder / "own").mkdir(parents=True)
     for split in ("train", "test"):
@@ -1834,6 +1916,20 @@ def test_evaluation_counts_what_each_sample_earned(words, monkeypatch):
     keys = ("correct", "samples_correct", "length", "entropy")
     assert [tuple(r[k] for k in keys) for r in records] == [(True, 1, 2, 0.75), (False, 1, 2, 0.75)]
     assert temperatures == [0.0, 0.7]
+
+
+def test_processes_draw_other_samples_in_an_evaluation(monkeypatch):
+    seeds, plain = [], tokenrl.sample
+
+    def sample(*arguments, **options):
+        seeds.append(options["seed"])
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(tokenrl, "sample", sample)
+    for rank in range(2):
+        monkeypatch.setattr(tokenrl, "rank_and_world", lambda rank=rank: (rank, 2))
+        tokenrl.evaluate(tiny_policy(), PROBLEMS, settings_of(), samples=2)
+    assert len(seeds) == 4 and not {*seeds[:2]} & {*seeds[2:]}
 
 
 # ---- other systems -------------------------------------------------------------------------------
