@@ -1793,8 +1793,9 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
     for number, (problem, first, *others) in enumerate(zip(own, *groups)):
         [greedy], [entropy] = first.completions, first.entropies
         record = {"index": rank + number * world, **asdict(problem)}
-        record |= {"completion": policy.text(greedy), "correct": first.rewards[0] == 1}
-        record |= {"length": len(greedy), "entropy": fmean(entropy)}
+        record |= {"completion": policy.text(greedy), "reward": first.rewards[0]}
+        record |= {"correct": record["reward"] == 1, "length": len(greedy)}
+        record |= {"entropy": fmean(entropy)}
         record |= {"truncated": not policy.finished(greedy), "samples": samples}
         record["samples_correct"] = sum(group.rewards.count(1) for group in others)
         if policy.metric:
@@ -1804,8 +1805,8 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
 
 
 def validate(policy, held_out, settings) -> float:
-    """The share that the greedy answer solves."""
-    return fmean(record["correct"] for record in evaluate(policy, held_out, settings))
+    """The mean reward of greedy answers; of rewards of 0 and 1, their accuracy."""
+    return fmean(record["reward"] for record in evaluate(policy, held_out, settings))
 
 
 # ---- 10. Views: what is known, as tables and text -----------------------------------------------
@@ -2001,7 +2002,7 @@ def curve_table(curves: dict[str, dict], what: str) -> Table:
 DEFAULT_MODEL = "Qwen/Qwen2-1.5B"
 CODE = ["reward", "metric", "method"]  # settings that may name a FILE.py
 ASKED = ["prompt", "shots", "stop", "max_new_tokens", "temperature", "reward"]
-MACHINE = {"data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
+MACHINE = {"start_from", "data_dir", "device", "batch_rows", "max_pack_tokens", "save_every"}
 
 
 @app.callback(invoke_without_command=True)
@@ -2076,8 +2077,8 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
     form = choose_prompt(settings.prompt, model, tokenizer)
     idle = settings.shots and form not in ("chat", "plain")
     refuse(idle, "--shots needs a chat or plain prompt: a template holds its own examples.")
-    examples = task.examples[: settings.shots]
-    return Policy(model, tokenizer, form, examples, score, metric, settings.stop), task
+    examples, stop = task.examples[: settings.shots], settings.stop.replace("\\n", "\n")
+    return Policy(model, tokenizer, form, examples, score, metric, stop), task
 
 
 def read_json(path: Path) -> dict:
@@ -2110,7 +2111,8 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
         key, here, there = item.name, getattr(settings, item.name), saved.get(item.name)
         refuse(resume and key not in saved, f"{run} lacks {key}; start anew with --adapter {run}.")
         if key in given or key == "task":
-            changed = resume and key not in MACHINE and here != there
+            moved = key in ("model", *CODE) and Path(here).name == Path(there).name
+            changed = resume and key not in MACHINE and here != there and not moved
             refuse(changed, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
         elif resume or key in saved.keys() - MACHINE and command in item.metadata["on"]:
             trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
@@ -2118,31 +2120,35 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
             setattr(settings, key, there)
 
 
-def digest(*facts) -> str:
-    return hashlib.sha256(json.dumps(facts, default=asdict).encode()).hexdigest()[:16]
+def digests(settings: Settings, policy: Policy, task: Task) -> dict[str, str]:
+    """What tells whether two runs had the same problems, asked and scored alike."""
+    code = [settings.reward.rpartition(":")[0]] if is_code(settings.reward) else []
+    facts = {"problems": [task.train, task.test, task.decimal]}
+    facts["asked"] = [policy.prompt, policy.examples, *(read_text(Path(file)) for file in code)]
+    dumps = {key: json.dumps(fact, default=asdict).encode() for key, fact in facts.items()}
+    return {key: hashlib.sha256(dump).hexdigest()[:16] for key, dump in dumps.items()}
 
 
-def note_other_data(run: Path, settings: Settings, task: Task) -> None:
-    """Say so where a run had other data of that name, perhaps what is asked now."""
-    if (path := run / "config.json").exists():
-        saved, now = read_json(path), digest(task.train, task.test, task.decimal)
-        if saved["settings"].get("task") == settings.task and saved.get("problems", now) != now:
-            console.print(f"Note: {run} had other data of that name: it may know these answers.")
+def note_changes(run: Path, now: dict[str, str]) -> None:
+    """Say so where a run had other data than now, or was asked or scored in another way."""
+    saved = now | (read_json(run / "config.json") if (run / "config.json").exists() else {})
+    if saved["problems"] != now["problems"]:
+        console.print(f"Note: {run} had other data: it may know these answers.")
+    if saved["asked"] != now["asked"]:
+        console.print(f"Note: {run} had another prompt, other worked examples or other rewards.")
 
 
-def open_run(settings: Settings, policy, task: Task, name: str, resume: Path | None) -> Path:
+def open_run(settings: Settings, now: dict[str, str], name: str, resume: Path | None) -> Path:
     """The folder of the run that goes on, or a new one: runs/NAME, or -2, -3, ... behind it."""
-    facts = {"problems": digest(task.train, task.test, task.decimal)}
-    facts["asked"] = digest(policy.prompt, policy.examples)
     if resume:
-        known = facts | read_json(resume / "config.json")  # older ones know less
-        refuse(known | facts != known, f"{resume} began with other data or another prompt.")
+        saved = now | read_json(resume / "config.json")  # older ones know less
+        refuse(saved | now != saved, f"{resume} began with other data, prompts or rewards.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
         run, number = Path("runs", f"{name}-{number}"), number + 1
     run.mkdir(parents=True)
-    config = {"settings": asdict(settings), "version": __version__} | facts
+    config = {"settings": asdict(settings), "version": __version__} | now
     write_atomically(run / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return run
 
@@ -2165,12 +2171,13 @@ def train_command(
     asked = task.train + task.test[: settings.eval_problems]
     longest = max(len(policy.prompt_ids(problem.question)) for problem in asked)
     check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
+    now = digests(settings, policy, task)
     if settings.start_from:
-        note_other_data(Path(settings.start_from), settings, task)
+        note_changes(Path(settings.start_from), now)
     if dry:
         return dry_run(policy, task.train, settings)
     rank, name = rank_and_world()[0], name or f"{settings.task}-{method_name(settings.method)}"
-    run = gather([None if rank else open_run(settings, policy, task, name, resume)])[0]
+    run = gather([None if rank else open_run(settings, now, name, resume)])[0]
     try:
         with contextlib.nullcontext() if rank else filelock.FileLock(run / "run.lock", timeout=0):
             train_and_compare(policy, task, settings, run)
@@ -2249,7 +2256,7 @@ def to_paste(words: list, settings: Settings, keys: list[str]) -> str:
     for key in [*keys, "data_dir"]:
         if (value := getattr(settings, key)) != getattr(Settings, key):
             words += [flag(key), value]
-    return shlex.join(["python", "tokenrl.py", *map(str, words)])
+    return shlex.join(["python", sys.argv[0], *map(str, words)])
 
 
 @contextlib.contextmanager
@@ -2263,7 +2270,8 @@ def catch_signals(again: str):
         if stop:
             raise SystemExit(128 + number)
         stop.append(number)
-        console.print("Stopping after this step or batch (press again to give up) ...")
+        with contextlib.suppress(SystemExit):  # a pipe that Ctrl-C has ended, too
+            console.print("Stopping after this step or batch (press again to give up) ...")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2323,25 +2331,27 @@ def eval_command(
     check_writable(output)
     policy, task = find_policy(settings)
     problems, results = [Problem(question, "")] if question else task.test[:limit], {}
+    if question:  # no reference, which code of the user's may need
+        policy.score, policy.metric = (lambda text, answer: 0.0), None
     for number, folder in enumerate([None, *dict.fromkeys(adapter or [])]):
         label, name = "base", f"adapter{number}"
         if folder:
             label = str(folder) + "/" * (str(folder) == "base")
             policy.model = load_adapter(policy.model, folder, name, settings.model)
             policy.model.set_adapter(name)
-            note_other_data(folder, settings, task)
+            note_changes(folder, digests(settings, policy, task))
         with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
     if question:
         for name, [record] in results.items():
             console.print(Text(name, "bold"), record["completion"], sep="\n")
         return
+    console.print(*changes(results, shown), sep="\n")
+    console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
     if output:
         rows = [{"policy": name, **record} for name in results for record in results[name]]
         with open(output, "w", encoding="utf-8") as file:  # links, devices
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    console.print(*changes(results, shown), sep="\n")
-    console.print(comparison_table(results, f"{settings.task}, {Path(settings.model).name}"))
     reached = fmean(record["correct"] for record in results[label])
     low = f"Accuracy {reached:.1%} is below --min-accuracy {min_accuracy:.1%}."
     refuse(not reached >= min_accuracy, low)  # NaN fails too
@@ -2434,8 +2444,10 @@ def merge(
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     save_checkpoint(model, out)
     tokenizer.save_pretrained(out)
-    if (source / "prompt.txt").is_file():
-        shutil.copy(source / "prompt.txt", out)
+    prompt = run_settings(run).get("prompt", "auto")
+    template = source / "prompt.txt" if prompt == "auto" else Path(prompt)
+    if template.is_file():  # so that auto asks as in training
+        shutil.copy(template, out / "prompt.txt")
     console.print(f"Written: {out}, {kind}")
 
 
@@ -2458,7 +2470,7 @@ def main(arguments: list[str] | None = None) -> None:
         if out_of_memory(error):
             sentence = "Out of memory: lower --batch-rows, --max-pack-tokens or --max-new-tokens."
         elif "No space left" in sentence:
-            sentence = "The disk is full; what was saved is intact. Make room, then --resume."
+            sentence = "The disk is full: make room; a run then goes on with --resume."
         elif isinstance(error, ModuleNotFoundError):
             sentence += f": pip install {error.name}"
         elif not isinstance(error, (UserError, OSError)):

@@ -121,6 +121,7 @@ FAST = [
 def cli(tmp_path, monkeypatch, capsys):
     """Run a command in an empty folder; returns (exit code, everything printed, on one line)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tokenrl.py"])
 
     def run(*arguments):
         code = 0

@@ -17,7 +17,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from conftest import DEMO, FAST, ROOT, exact, random_model, rows_of, script
+from conftest import DEMO, FAST, ROOT, Words, exact, random_model, rows_of, script
 from rich.console import Console
 
 import tokenrl
@@ -192,6 +192,10 @@ def test_eval_answers_a_question_of_the_users(cli):
     code, text = cli("eval", "svamp", "--question", question, "--adapter", run, "--device", "cpu")
     assert code == 0 and re.search(r"base .*####.* runs/one .*####", text)
     assert "accuracy" not in text and "%" not in text
+    Path("r.py").write_text("def close(text, answer): return float(answer) > 1")
+    own = ["--reward", "r.py:close", "--metric", "r.py:close"]  # needs a reference
+    code, text = cli("eval", "svamp", "--question", question, *own, "--device", "cpu")
+    assert code == 0 and "####" in text
 
 
 def test_eval_shows_types_as_they_are_and_writes_into_a_new_folder(cli):
@@ -426,6 +430,38 @@ def test_a_method_of_ones_own(cli):
     assert cli("train", "svamp", *options, "--method", "mine.py:entropies", "--replay", 1)[0] == 0
 
 
+SPOILS = """
+import tokenrl
+def careful(trie, rewards, rng):
+    return tokenrl.grpo_weights(trie, rewards)
+def spoils(trie, rewards, rng):
+    weights = tokenrl.grpo_weights(trie, rewards)
+    trie.paths.sort(key=len)
+    for i, path in enumerate(trie.paths):
+        path.reverse()
+        rewards[i] -= 0.5
+    return weights
+"""
+
+
+def test_a_method_may_write_into_what_it_gets(cli):
+    Path("m.py").write_text(SPOILS)
+    options = [*FAST, "--steps", "2", "--prompts-per-step", 8, "--eval-problems", 0]
+    for name in ("careful", "spoils"):
+        assert cli("train", "svamp", *options, "--method", f"m.py:{name}")[0] == 0
+    first, second = (rows_of(f"runs/svamp-{name}/metrics.jsonl") for name in ("careful", "spoils"))
+    assert exact(first) == exact(second) and sum(row["tokens_trained"] for row in first)
+
+
+def test_code_may_import_what_lies_beside_it(cli):
+    Path("own").mkdir()
+    Path("own/beside_it.py").write_text("few = 1.0")
+    Path("own/r.py").write_text(
+        "from beside_it import few\ndef f(text, answer): return few * (text > answer)"
+    )
+    one_step(cli, "one", "--reward", "own/r.py:f")
+
+
 @pytest.mark.parametrize(
     "code, words",
     [
@@ -512,6 +548,10 @@ def test_every_printed_command_can_be_pasted(cli, monkeypatch, terminal):
         said.extend(lines)
         return [shlex.split(line.split("python tokenrl.py ")[1]) for line in lines]
 
+    monkeypatch.setattr(sys, "argv", ["../some where/tokenrl.py"])
+    run("train", *asked, *FAST, "--steps", "1", "--name", "elsewhere", wanted=0)
+    assert "python '../some where/tokenrl.py' eval few" in Path("out.txt").read_text()
+    monkeypatch.setattr(sys, "argv", ["tokenrl.py"])
     [again] = run("train", *asked, *FAST, "--steps", "1", "--name", "a long name too")
     assert code in said[-1] and run(*again) == []
     plain, stopped = tokenrl.update, []
@@ -566,6 +606,25 @@ def test_a_signal_within_a_step_saves_it_and_leaves_the_terminal_as_it_was(
     state = torch.load("runs/svamp-s-grpo/state.pt", weights_only=True)
     assert state["step"] == 2 == len(rows_of("runs/svamp-s-grpo/metrics.jsonl"))
     assert len(steps) == 2
+
+
+def test_ctrl_c_that_ends_the_pipe_too_saves_the_step(cli, monkeypatch):
+    """`train ... | tee log`: both get the signal, and what is said of it can no longer be read."""
+    plain, said = tokenrl.update, tokenrl.console.print
+
+    def update(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    def no_longer(*words, **options):
+        if "Stopping" in str(words[:1]):
+            raise SystemExit(1)  # as rich does
+        said(*words, **options)
+
+    monkeypatch.setattr(tokenrl, "update", update)
+    monkeypatch.setattr(tokenrl.console, "print", no_longer)
+    assert cli("train", "svamp", *FAST, "--steps", 5, "--save-every", 5, "--name", "x")[0] == 130
+    assert torch.load("runs/x/state.pt", weights_only=True)["step"] == 1
 
 
 @pytest.mark.parametrize("phase", ["base", "trained"])
@@ -815,6 +874,18 @@ def test_shots_is_the_number_of_worked_examples_and_evaluation_keeps_it(cli, mon
 def test_a_folder_that_cannot_be_written(cli):
     Path("runs").write_text("in the way")
     assert refused(cli("train", "svamp", *FAST), "runs")
+
+
+def test_a_stop_text_as_a_shell_passes_it(cli, monkeypatch):
+    asked, plain = [], tokenrl.sample
+
+    def sample(*arguments, **options):
+        asked.append(options["stop"])
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(tokenrl, "sample", sample)
+    code, _ = cli("eval", "svamp", "--limit", 2, "--stop", r"\n####", "--device", "cpu")
+    assert code == 0 and set(filter(None, asked)) == {"\n####"}
 
 
 def test_prompt_file_must_hold_the_question(cli):
@@ -1067,6 +1138,18 @@ def test_a_chat_template_that_raises_anything(template):
     tokenizer = chat_tokenizer(template)
     with pytest.raises(tokenrl.UserError, match="--prompt plain"):
         tokenrl.Policy(None, tokenizer, "chat").prompt_ids("1+1?")
+
+
+def test_an_end_token_is_no_beginning():
+    """Where one token is both, and is put behind a text."""
+
+    class Appends(Words):
+        bos_token_id = 1
+
+        def encode(self, text, add_special_tokens=True, **_):
+            return [ord(character) for character in text] + [1] * add_special_tokens
+
+    assert tokenrl.Policy(None, Appends(), "{question}").prompt_ids("abc") == [97, 98, 99]
 
 
 def test_a_prompt_does_not_end_with_the_end_token():

@@ -203,7 +203,50 @@ def test_a_run_of_other_data_is_no_silent_judge_of_these(cli):
         assert code == 0 and "runs/one had other data" in text
     shutil.copytree("d/few", "d/new")
     code, text = cli("eval", "new", *task[1:], "--adapter", "runs/one")
-    assert code == 0 and "other data" not in text  # of another name
+    assert code == 0 and "runs/one had other data" in text  # whatever it is called
+
+
+def test_a_run_that_was_asked_otherwise_is_noted(cli):
+    """By a prompt, worked examples or a reward that were edited since."""
+    task, shown = small_task(), Path("d/few/examples.jsonl")
+    shown.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n')
+    Path("asked.txt").write_text("What: {question}")
+    Path("r.py").write_text("def f(text, answer): return 0.5  # What")
+    start = ["train", *task, *QUICK, "--steps", 1, "--validate-every", 0, "--eval-problems", 2]
+    code = ["--reward", "r.py:f"]
+    for path, own, more in (
+        (Path("asked.txt"), ["--prompt", "asked.txt"], []),
+        (shown, ["--prompt", "plain"], []),
+        (Path("r.py"), code, code),
+    ):
+        run = f"runs/{path.stem}"
+        assert cli(*start, *own, "--name", path.stem)[0] == 0
+        commands = [
+            ["eval", *task, "--adapter", run, "--limit", 2, *more],
+            [*start, "--adapter", run, *own],
+        ]
+        assert all("Note" not in cli(*command)[1] for command in commands)
+        path.write_text(path.read_text().replace("What", "How much"))
+        for command in commands:
+            code_, text = cli(*command)
+            assert code_ == 0 and f"Note: {run} had another prompt" in text
+        assert refused(cli("train", *task[:3], "--resume", run, *more), run, "rewards")
+
+
+def test_a_run_goes_on_where_what_it_names_was_moved(cli):
+    task = small_task()[:3]
+    shutil.copytree(DEMO, "base")
+    Path("r.py").write_text("def f(text, answer): return 0.5")
+    start = ["train", *task, "--model", "base", *FAST, "--steps", 1, "--reward", "r.py:f"]
+    assert cli(*start, "--name", "first")[0] == 0
+    assert cli(*start, "--adapter", "runs/first", "--name", "second")[0] == 0
+    Path("moved").mkdir()
+    for name in ("base", "r.py", "runs/first"):
+        Path(name).rename(f"moved/{Path(name).name}")
+    again = ["train", *task, "--resume", "runs/second", "--model", "moved/base"]
+    again += ["--adapter", "moved/first", "--reward"]
+    assert cli(*again, "moved/r.py:f")[0] == 0
+    assert refused(cli(*again, "moved/r.py:g"), "--reward was r.py:f")
 
 
 def test_resume_asks_again_what_is_missing_of_the_comparison(cli):
@@ -299,6 +342,12 @@ def test_output_is_written_through_links_and_into_devices(cli):
     os.symlink("/dev/null", "null.svg")
     assert cli("inspect", "svamp", "--index", 3, "--output", "null.svg")[0] == 0
     assert Path("null.svg").is_symlink()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+def test_an_evaluation_is_shown_before_it_is_written(cli):
+    answer = cli("eval", "svamp", "--limit", 2, "--output", "/dev/full")
+    assert refused(answer, "accuracy (greedy)", "The disk is full")
 
 
 @pytest.mark.parametrize("command", ["eval", "inspect"])

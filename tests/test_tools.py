@@ -151,6 +151,15 @@ def test_merged_checkpoint_answers_as_the_adapter_does(cli):
     assert refused(cli("merge", "merged", "other"), "merged holds no adapter")
 
 
+def test_a_merged_checkpoint_is_asked_as_the_run_was(cli):
+    Path("asked.txt").write_text("Ask: {question}")
+    for prompt, wanted in (("asked.txt", "Ask: {question}"), ("plain", None)):
+        run = one_step(cli, prompt, "--prompt", prompt)
+        assert cli("merge", run, f"merged-{prompt}")[0] == 0
+        path = Path(f"merged-{prompt}", "prompt.txt")
+        assert (path.read_text() if path.exists() else None) == wanted
+
+
 def test_merge_adds_in_float32_and_saves_in_the_base_dtype(cli):
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
     model.save_pretrained("base")
