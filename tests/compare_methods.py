@@ -10,7 +10,7 @@ accuracy on average over a run of seed 0, so that speed and end both count; vali
 held out of the training split. Then come the other seeds. The test is for the accuracy alone.
 
 Runs lie in runs/compare-METHOD-RATE-SEED-... of the current folder. What is there is not trained
-again, and what was interrupted goes on: delete the runs of a method whose file you have changed.
+again, and what was interrupted goes on: delete the runs of a method or task whose files changed.
 """
 
 import argparse
@@ -85,8 +85,10 @@ def best_rate(method: str, args, others: list[str]) -> float:
     found = {}
     for rate in args.rates:
         if run := train(method, rate, 0, args, others):
-            steps = rows_of(run / "metrics.jsonl")
-            found[rate] = statistics.fmean(s["validation"] for s in steps if "validation" in s)
+            scores = [s["validation"] for s in rows_of(run / "metrics.jsonl") if "validation" in s]
+            if not scores:
+                sys.exit("Nothing was validated: give more problems, or --validate-every.")
+            found[rate] = statistics.fmean(scores)
     if not found:
         sys.exit(f"No run of {method} came to its end; what it said stands above.")
     return max(found, key=found.get)
@@ -119,7 +121,8 @@ def comparison(found: dict[str, list[dict]], rates: dict[str, float], args) -> T
     table = Table("", "lr", *(label for label, _ in columns.values()), title=title, caption=caption)
     for method, runs in found.items():
         cells = (cell([run[key] for run in runs], form) for key, (_, form) in columns.items())
-        table.add_row(method.rpartition(":")[2], f"{rates[method]:g}", *cells)
+        failed = f" ({len(runs)} of {args.seeds} seeds)" if len(runs) < args.seeds else ""
+        table.add_row(method.rpartition(":")[2] + failed, f"{rates[method]:g}", *cells)
     return table
 
 
@@ -134,6 +137,8 @@ def main():
     parser.add_argument("--target", type=float, default=0.9, help="validation accuracy to reach")
     parser.add_argument("--validate-every", type=int, default=2)
     args, others = parser.parse_known_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     rates, found = {}, {}
     for method in args.methods:
         rates[method] = best_rate(method, args, others)

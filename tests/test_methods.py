@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import compare_methods
 import pytest
 from conftest import FAST, ROOT, random_completions, rows_of
 
@@ -296,3 +298,15 @@ def test_compare_methods(tmp_path):
     assert again.stdout[again.stdout.index("2 steps, 1 seeds") :] == table
     after = [(run / "metrics.jsonl").stat().st_mtime for run in runs]
     assert after[1:] == before[1:]
+
+
+def test_compare_methods_tells_of_seeds_that_failed_and_of_no_validation(tmp_path, monkeypatch):
+    keys = ["before", "accuracy", "tokens to target", "generated", "trained", "packed", "update"]
+    run = dict.fromkeys([*keys, "memory", "entropy"], 1.0)
+    args = SimpleNamespace(task="svamp", steps=2, seeds=2, target=0.9, rates=[1e-3])
+    table = compare_methods.comparison({"a": [run, run], "b": [run]}, {"a": 1.0, "b": 1.0}, args)
+    assert [*table.columns[0].cells] == ["a", "b (1 of 2 seeds)"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setattr(compare_methods, "train", lambda *_: tmp_path)
+    with pytest.raises(SystemExit, match="--validate-every"):
+        compare_methods.best_rate("a", args, [])
