@@ -144,12 +144,12 @@ class Settings:
     method: str = option("s-grpo", "s-grpo, t-spmo, grpo, FILE.py:function.", "Main", SHOW)
     steps: int = option(100, "Training steps.", "Main", TRAIN, low=1)
     lr: float = option(1e-3, "Peak learning rate; warms up, decays.", "Main", TRAIN, high=1e20)
-    start_from: str = option("", "Run to go on from.", "Main", TRAIN, "--adapter", shown="none")
+    start_from: str = option("", "Run to start from.", "Main", TRAIN, "--adapter", shown="none")
     seed: int = option(0, "Of problems, samples, adapter.", "Main", high=2**32 - 1)
 
-    alpha: int = option(4, "s-grpo: train the first N tokens,", "Credit", SHOW)
-    p: float = option(0.3, "later ones with this probability,", "Credit", SHOW, high=1)
-    k: int = option(0, "and at most N of a completion; 0: all.", "Credit", SHOW)
+    alpha: int = option(4, "s-grpo: first tokens, all trained.", "Credit", SHOW)
+    p: float = option(0.3, "s-grpo: chance of each later token.", "Credit", SHOW, high=1)
+    k: int = option(0, "s-grpo: most of a completion; 0: all.", "Credit", SHOW)
     replay: int = option(0, "Extra groups from inside completions.", "Credit", TRAIN)
 
     prompts_per_step: int = option(8, "Problems asked per step.", "Rollout", TRAIN, low=1)
@@ -159,7 +159,7 @@ class Settings:
     batch_rows: int = option(64, "Completions decoded at a time.", "Rollout", low=1)
     prompt: str = option("auto", "auto, chat, plain, or a {question} file.", "Rollout")
     shots: int | None = option(None, "Worked examples.", "Rollout", shown="all")
-    stop: str = option("", "Text that ends it; plain: \\nQuestion:", "Rollout", shown="none")
+    stop: str = option("", "Ends a completion; plain: \\nQuestion:", "Rollout", shown="none")
 
     target_kl: float = option(0.001, "Largest KL of a step; 0: no limit.", "Update", TRAIN)
     beta: float = option(0.0, "Weight of the KL to the base model.", "Update", TRAIN)
@@ -170,7 +170,7 @@ class Settings:
         1 / 3, "Share of layers, from the last.", "Update", TRAIN, low=1e-3, high=1, shown="1/3"
     )
     max_pack_tokens: int | None = option(
-        None, "Tokens in one forward pass.", "Update", TRAIN, low=1, shown="512; 4096 with CUDA"
+        None, "Tokens of an update's pass.", "Update", TRAIN, low=1, shown="512; 4096 with CUDA"
     )
 
     validate_every: int = option(20, "Steps between validations; 0: none.", "Run", TRAIN)
@@ -199,7 +199,7 @@ def check_settings(settings: Settings) -> None:
             low, high = item.metadata["range"]
             fits = type(value) in (int, *kinds) and (value is None or low <= value <= high)
             wanted += f" from {low:g} to {high:g}"
-        refuse(not fits, f"{flag(item.name)} {value} is not of type {wanted}.")
+        refuse(not fits, f"{flag(item.name)} {value} must be {wanted}.")
 
 
 # ---- 2. Answers: reading the final number or text of a completion -------------------------------
@@ -496,7 +496,7 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
             style["delimiter"] = mark or max(",;\t", key=table.split("\n")[0].count)
             reader = csv.DictReader(io.StringIO(table), **style)
             names = [name for name in reader.fieldnames or () if name]
-            refuse(len(names) > len({*names}), f"{path} has two columns of one name: {names}.")
+            refuse(len(names) > len({*names}), f"{path}: rename one of two equal columns: {names}.")
             return [(reader.line_num + bool(mark), row) for row in reader if any(row.values())]
         if not text.lstrip().startswith("["):  # JSONL is an array without its commas
             text = "[" + ",\n".join(line.strip() or "{}" for line in text.split("\n")) + "]"
@@ -529,7 +529,7 @@ def fault_of(problem: Problem, reward: str, decimal: str) -> str:
     if not problem.question or not problem.answer:
         return "no answer" if problem.question else "no question"
     if reward == "number" and read_number(problem.answer, decimal) is None:
-        return f"the answer {problem.answer!r:.60} is not a number"
+        return f"the answer {problem.answer!r:.60} is not a number (--reward)"
     broken = "\n" in problem.answer or _MARK.search(problem.answer)
     if reward == "exact" and (broken or not final_text("#### " + problem.answer)):
         return f"no completion can give {problem.answer!r:.60}"
@@ -594,7 +594,7 @@ def svamp_problems(source: Path | None) -> list[Problem]:
 def multiply_problems(digits: str, count: int, seed: int) -> list[Problem]:
     """Products of numbers with `digits` (3, or 2x1) digits; no unordered pair comes twice."""
     found = re.fullmatch(r"([1-9])(?:x([1-9]))?", digits)
-    refuse(not found, f"--digits {digits!r} is no number from 1 to 9 such as 3, and no pair: 2x1.")
+    refuse(not found, f"--digits {digits!r} is neither 1 to 9, such as 3, nor a pair: 2x1.")
     sizes = int(found[1]), int(found[2] or found[1])
     left, right = (range(max(2, 10 ** (n - 1)), 10**n) for n in sizes)  # times 1 teaches nothing
     total, pairs = len(left) * len(right), {}
@@ -650,7 +650,7 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
             fault = fault_of(problems[-1], "number" if numeric else "", task.decimal)
             refuse(fault, f"{path} line {line}: {fault}.")
             copied = problems is task.test and problems[-1].question in shown
-            refuse(copied, f"{path} line {line} is a worked example, too: {files[1]}.")
+            refuse(copied, f"{path} line {line} is a worked example, too: drop one ({files[1]}).")
     refuse(not task.test, f"{path} is empty.")
     return task
 
@@ -1414,7 +1414,7 @@ def credit(rollouts: list[Rollout], method: Callable, rng: random.Random) -> lis
         if rollout.has_signal:
             parts = rollout.completions, rollout.entropies, rollout.logprobs
             trie = Trie(*parts)
-            with explained("--method gave no weights of nodes", (Exception, SystemExit), repr):
+            with explained("--method gave no {node: weight}", (Exception, SystemExit), repr):
                 found = method(Trie(*parts), [*rollout.rewards], rng)  # it may write into its own
                 weights = {node: float(weight) for node, weight in found.items() if weight}
                 known = weights.keys() <= set(range(len(trie.tokens)))
@@ -1707,7 +1707,7 @@ def check_alive(state: dict, row: dict, run: Path) -> None:
     """End a run that goes on to no purpose."""
     advice = "start again with a lower --lr, a higher --target-kl or more --max-new-tokens"
     end = f"{run} holds the adapter of step {state['best_step']}; {advice}."
-    failing = "Three steps had a loss that is not finite, or nothing within --target-kl"
+    failing = "Three steps failed: a loss that is not finite, or a KL over --target-kl"
     refuse(state["failures"] >= 3, f"{failing}. {end}")
     dead = f"{DEAD_STEPS} steps in a row had no signal, with {row['truncated']:.0%} cut off"
     refuse(state["dead"] >= DEAD_STEPS, f"{dead}. {end}")
@@ -2109,11 +2109,11 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
     saved, resume = run_settings(run), command == "train"
     for item in fields(Settings):
         key, here, there = item.name, getattr(settings, item.name), saved.get(item.name)
-        refuse(resume and key not in saved, f"{run} lacks {key}; start anew with --adapter {run}.")
+        refuse(resume and key not in saved, f"{run} lacks {key}: --adapter {run} begins anew.")
         if key in given or key == "task":
             moved = key in ("model", *CODE) and Path(here).name == Path(there).name
             changed = resume and key not in MACHINE and here != there and not moved
-            refuse(changed, f"{run} keeps its settings: {flag(key)} was {there}, not {here}.")
+            refuse(changed, f"{flag(key)} was {there}, not {here}: --adapter {run} begins anew.")
         elif resume or key in saved.keys() - MACHINE and command in item.metadata["on"]:
             trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
             refuse(key in CODE and is_code(there), f"{run} was made with its own code; {trust}")
@@ -2142,7 +2142,7 @@ def open_run(settings: Settings, now: dict[str, str], name: str, resume: Path | 
     """The folder of the run that goes on, or a new one: runs/NAME, or -2, -3, ... behind it."""
     if resume:
         saved = now | read_json(resume / "config.json")  # older ones know less
-        refuse(saved | now != saved, f"{resume} began with other data, prompts or rewards.")
+        refuse(saved | now != saved, f"The data, prompt or reward changed: use --adapter {resume}.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
@@ -2165,7 +2165,7 @@ def train_command(
     credit_function(settings)  # what is wrong with it is said now
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
     policy, task = find_policy(settings)
-    refuse(not task.train, f"The task {settings.task} has only problems for tests.")
+    refuse(not task.train, f"{settings.task} is all test; prepare it with a --test-share under 1.")
     torch.manual_seed(settings.seed)
     policy.model = trainable_model(policy, settings)
     asked = task.train + task.test[: settings.eval_problems]
@@ -2319,15 +2319,15 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
 @asks
 def eval_command(
     settings: Settings,
-    adapter: Annotated[list[Path] | None, own(help="A run's folder; may come again.")] = None,
+    adapter: Annotated[list[Path] | None, own(help="A run's folder; may be repeated.")] = None,
     question: Annotated[str, own(help="Only answer this question of yours.")] = "",
-    samples: Annotated[int, own(help="Samples a problem too, for pass@k.", min=0)] = 0,
-    limit: Annotated[int | None, own(help="Only the first N.", show_default="all", min=1)] = None,
+    samples: Annotated[int, own(help="N samples a problem, for pass@k.", min=0)] = 0,
+    limit: Annotated[int | None, own(help="First N problems.", show_default="all", min=1)] = None,
     shown: Annotated[int, own(help="Answers shown of each kind.", min=0)] = 3,
     output: Annotated[Path | None, own(help="Write every answer to this JSONL file.")] = None,
-    min_accuracy: Annotated[float, own(help="Exit code 1 if the last column is below.")] = 0.0,
+    min_accuracy: Annotated[float, own(help="Exit code 1 if the last is below (0-1).")] = 0.0,
 ):
-    """Compare the base model and any number of adapters on the held-out problems."""
+    """Compare the base model and any number of adapters on the test problems."""
     check_writable(output)
     policy, task = find_policy(settings)
     problems, results = [Problem(question, "")] if question else task.test[:limit], {}

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of Qwen2-1.5B, from random weights of that shape: the memory guide in the README.
+"""Peak memory of a training step of Qwen2-1.5B, from random weights of that shape: the memory guide in RESULTS.md.
 
     python tests/memory_guide.py                       # 5 rows x groups of 8 and 16 x 256 and 1024 new tokens
     python tests/memory_guide.py --layers 2            # a quick look

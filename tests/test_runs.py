@@ -230,7 +230,7 @@ def test_a_run_that_was_asked_otherwise_is_noted(cli):
         for command in commands:
             code_, text = cli(*command)
             assert code_ == 0 and f"Note: {run} had another prompt" in text
-        assert refused(cli("train", *task[:3], "--resume", run, *more), run, "rewards")
+        assert refused(cli("train", *task[:3], "--resume", run, *more), run, "reward")
 
 
 def test_a_run_goes_on_where_what_it_names_was_moved(cli):
