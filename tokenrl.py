@@ -441,7 +441,7 @@ def load_function(option: str) -> Callable:
     path, _, name = option.rpartition(":")
     fault = f"{name!r} cannot be loaded from {path}"
     sys.path.append(str(Path(path).resolve().parent))  # for what it imports from beside it
-    with explained(fault, BaseException, repr), contextlib.chdir("."):  # sys.exit(), too
+    with explained(fault, BaseException, repr), contextlib.chdir("."):  # it may exit, or move
         function = runpy.run_path(path)[name]
         if not callable(function):
             raise TypeError("no function")
@@ -651,7 +651,7 @@ def load_task(name: str, data_dir: Path, numeric: bool = True) -> Task:
             refuse(fault, f"{path} line {line}: {fault}.")
             copied = problems is task.test and problems[-1].question in shown
             refuse(copied, f"{path} line {line} is a worked example, too: drop one ({files[1]}).")
-    refuse(not task.test, f"{path} is empty.")
+    refuse(not task.test, f"{folder / 'test.jsonl'} is empty.")
     return task
 
 
@@ -851,12 +851,12 @@ def base_of(model):
 def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     """LoRA on the last `layer_share` of the layers; those below store no activations."""
     stack = base_of(model).get_decoder().layers
-    leaves = {name.rpartition(".")[2]: module for name, module in stack.named_modules()}
-    linear = sorted(name for name, leaf in leaves.items() if isinstance(leaf, torch.nn.Linear))
+    parts = {name.rpartition(".")[2]: module for name, module in stack.named_modules()}
+    linear = sorted(name for name, part in parts.items() if isinstance(part, torch.nn.Linear))
     wanted = linear if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     for target in wanted:  # peft complains only when it finds none of them
         choice = f"use all-linear, or some of {', '.join(linear)}"
-        refuse(target not in leaves, f"--lora-targets: layers have no module {target!r}; {choice}.")
+        refuse(target not in parts, f"--lora-targets: layers have no module {target!r}; {choice}.")
     first = len(stack) - max(1, round(len(stack) * layer_share))
     options = {"r": rank, "lora_alpha": alpha, "target_modules": wanted, "task_type": "CAUSAL_LM"}
     options["layers_to_transform"] = list(range(first, len(stack)))
@@ -879,16 +879,16 @@ def recomputing(model):
     return model
 
 
-def load_adapter(model, folder: Path, name: str, given: str, trainable: bool = False):
-    """The model, which the user calls `given`, with the adapter of a run's folder."""
+def load_adapter(model, folder: Path, name: str, model_name: str, trainable: bool = False):
+    """The model with the adapter of a run's folder, there under `name`."""
     made_for, path = run_settings(folder)["model"], folder / "adapter_model.safetensors"
-    other = Path(made_for).name != Path(given).name
-    refuse(other, f"{folder} was made for {made_for}, not for {given}; give its --model.")
+    other = Path(made_for).name != Path(model_name).name
+    refuse(other, f"{folder} was made for {made_for}, not for {model_name}; give its --model.")
     for file in (path, folder / "adapter_config.json"):  # peft would ask the hub for them
         refuse(not file.is_file(), f"{folder} holds no adapter (no {file.name}).")
     options = {"adapter_name": name, "is_trainable": trainable}
     options["torch_device"] = str(base_of(model).device)
-    with explained(f"{folder} does not fit {given}"):
+    with explained(f"{folder} does not fit {model_name}"):
         if isinstance(model, peft.PeftModel):
             model.load_adapter(str(folder), **options)
         else:
@@ -980,7 +980,8 @@ def check_length(config, length: int) -> None:
     """Refuse what exceeds a model's context, or its sliding window, where packs are not exact."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or math.inf
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"]):
+    kinds = getattr(text, "layer_types", None)  # none: all layers slide
+    if not kinds or "sliding_attention" in kinds:
         limit = min(limit, getattr(text, "sliding_window", None) or limit)
     over = f"{length} tokens are over this model's context or sliding window, {limit}"
     refuse(length > limit, f"{over}; lower --max-new-tokens or shorten the prompt.")
@@ -1016,14 +1017,14 @@ def deviations(model, tokenizer) -> dict[str, float]:
             packed = packed_logprobs(model, prompt, trie, range(len(trie.tokens))).cpu()
         after = [row[len(prompt) - 1 :].log_softmax(-1) for row in theirs.cpu()]
         wanted = torch.cat([row[range(len(c)), c] for row, c in zip(after, group)])
-        gaps.append(torch.stack([torch.tensor(sum(logprobs, [])), packed[sum(trie.paths, [])]]))
-        gaps[-1] -= wanted
+        drawn, nodes = torch.tensor(sum(logprobs, [])), sum(trie.paths, [])
+        gaps.append(torch.stack([drawn - wanted, packed[nodes] - wanted]))
     # Each layer rounds anew, by about epsilon of what is there: a random walk.
     epsilon, spread = torch.finfo(base.dtype).eps, theirs.std(-1).mean().item()
     rounding = max(1e-3, epsilon * spread * math.sqrt(config.num_hidden_layers))
-    drawn, packed = (torch.cat(gaps, 1).pow(2).mean(1).sqrt() / rounding).tolist()
+    sampling, packing = (torch.cat(gaps, 1).pow(2).mean(1).sqrt() / rounding).tolist()
     logits = ((ours - theirs).norm() / theirs.norm()).item() / 0.01
-    return {"logits": logits, "sampling": drawn, "packing": packed}
+    return {"logits": logits, "sampling": sampling, "packing": packing}
 
 
 GRAPHS = {"cuda": 128}  # where decoding is captured: tokens of a graph
@@ -1246,8 +1247,8 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
     while True:
         chunks = hidden.split(SAMPLED_ROWS)
         parts = [draw(logits_of(model, chunk), temperature, generator) for chunk in chunks]
-        tokens, *stats = [torch.cat(column) for column in zip(*parts)]
-        for row, *values in zip(live, *(column.tolist() for column in (tokens, *stats))):
+        drawn = [torch.cat(column) for column in zip(*parts)]  # tokens, entropies, log-probs
+        for row, *values in zip(live, *(column.tolist() for column in drawn)):
             if row in finished:
                 continue
             refuse(values[0] < 0, "The logits are not finite; try a lower --lr or --dtype float32.")
@@ -1257,6 +1258,7 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
                 finished.add(row)
         if len(finished) == len(owners):
             return completions
+        tokens = drawn[0]
         if not left:  # rows can leave between graphs only
             keep = [i for i, row in enumerate(live) if row not in finished]
             if len(keep) < len(live):  # finished rows would cost as much as the others
@@ -1287,15 +1289,16 @@ def roll_out(policy, problems, settings, seed: int, prefixes=None, **options) ->
 def replay_points(policy, rollouts: list[Rollout], turns: range, settings, rng: random.Random):
     """(problems, prefixes) of the replays number `turns`, which let later positions branch: random
     cuts, by turns of a success (even numbers) and a failure, in groups with signal."""
-    pools = [], []
+    successes, failures = [], []
     for rollout in rollouts:
         for completion, reward in zip(rollout.completions, rollout.rewards):
             if rollout.has_signal and 2 < len(completion) < settings.max_new_tokens:
-                pools[reward < max(rollout.rewards)].append((rollout.problem, completion))
-    filled = [pool for pool in pools if pool]
+                pool = failures if reward < max(rollout.rewards) else successes
+                pool.append((rollout.problem, completion))
+    pools = [pool for pool in (successes, failures) if pool]
     problems, prefixes = [], []
-    for turn in turns if filled else []:
-        problem, whole = rng.choice(filled[turn % len(filled)])
+    for turn in turns if pools else []:
+        problem, whole = rng.choice(pools[turn % len(pools)])
         prefix = whole[: rng.randrange(1, len(whole) - 1)]
         while len(policy.text(prefix)) > len(policy.text(whole)):  # it would end in the stop text
             prefix.pop()
@@ -1323,7 +1326,6 @@ class Trie:
         self.tokens, self.parents, self.depths, self.paths = [], [], [], []
         self.entropies = None if entropies is None else []
         self.logprobs = None if logprobs is None else []
-        given = (self.tokens, completions), (self.entropies, entropies), (self.logprobs, logprobs)
         node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
         for number, completion in enumerate(completions):
             node, path = -1, []
@@ -1333,9 +1335,11 @@ class Trie:
                     node_of[key] = len(self.tokens)
                     self.parents.append(node)
                     self.depths.append(depth)
-                    for values, rows in given:
-                        if values is not None:
-                            values.append(rows[number][depth])
+                    self.tokens.append(token)
+                    if entropies is not None:
+                        self.entropies.append(entropies[number][depth])
+                    if logprobs is not None:
+                        self.logprobs.append(logprobs[number][depth])
                 node = node_of[key]
                 path.append(node)
             self.paths.append(path)
@@ -1451,7 +1455,8 @@ def pack(prompt: list[int], trie: Trie, nodes: list[int]):
     unseen = ~numpy.eye(length, dtype=bool)
     unseen[:start, :start] = ~numpy.tri(start, dtype=bool)
     for node in order:  # sees what its parent sees, and itself
-        unseen[slot[node]] &= unseen[slot.get(trie.parents[node], slot[node])]
+        if (parent := trie.parents[node]) in slot:  # none: it begins the sequence
+            unseen[slot[node]] &= unseen[slot[parent]]
     ids = prompt + [trie.tokens[node] for node in order] + pad
     positions = [*range(start), *(start + trie.depths[node] for node in order), *pad]
     return torch.tensor(ids), torch.tensor(positions), torch.from_numpy(unseen), slot
@@ -1480,8 +1485,9 @@ def packed_logprobs(model, prompt_ids: list[int], trie: Trie, nodes, temperature
         scores = (logits_of(model, part) / temperature).log_softmax(-1)
         return scores.gather(-1, wanted[:, None])[:, 0]
 
-    few = partial(torch.utils.checkpoint.checkpoint, logps, use_reentrant=False)
-    return torch.cat([*map(few, hidden[rows].split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))])
+    again = partial(torch.utils.checkpoint.checkpoint, logps, use_reentrant=False)
+    parts = zip(hidden[rows].split(TRAINED_ROWS), tokens.split(TRAINED_ROWS))
+    return torch.cat([again(part, wanted) for part, wanted in parts])
 
 
 def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]]:
@@ -1490,12 +1496,12 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
     wanted, part, needed = set(nodes), [], set()
     for path in sorted(trie.paths):  # alike ones side by side
         own = [node for node in path if node in wanted]
-        above = path[: trie.depths[own[-1]]] if own else []
-        if part and len(needed.union(above)) > max(budget, len(needed)):
+        above = set(path[: trie.depths[own[-1]]]) if own else set()
+        if part and len(needed | above) > budget and not above <= needed:
             yield part
             part, needed = [], set()
         wanted.difference_update(own)
-        needed.update(above)
+        needed |= above
         part += own
     if part:
         yield part
@@ -1508,28 +1514,15 @@ def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
     joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
     budget += max((len(r.prompt) for r, *_ in credited), default=0) - len(shared)  # for completions
     total = defaultdict(float)  # a replay can meet nodes of its first group
-    paths = iter(joint.paths)
-    for rollout, trie, weights in credited:
-        nodes = {}  # of the group's trie -> of the joint one
+    joint_paths = iter(joint.paths)
+    for _, trie, weights in credited:
+        joint_node = {}  # of each node of the group's trie
         for path in trie.paths:
-            nodes.update(zip(path, next(paths)[len(rollout.prompt) - len(shared) :]))
+            joint_node.update(zip(path, next(joint_paths)[-len(path) :]))  # behind the prompt
         for node, weight in weights.items():
-            total[nodes[node]] += weight
+            total[joint_node[node]] += weight
     for part in split_nodes(joint, list(total), budget):
         yield shared, joint, {node: total[node] for node in part}
-
-
-def pack_loss(policy, prompt: list[int], trie: Trie, weights: dict[int, float], beta, temperature):
-    """The loss of a pack, with `beta` times the summed KL to the model without its adapter (k3,
-    Schulman 2020)."""
-    logp = packed_logprobs(policy.model, prompt, trie, weights, temperature)
-    loss = -(torch.tensor(list(weights.values()), device=logp.device) * logp).sum()
-    if beta:
-        with torch.no_grad(), policy.model.disable_adapter():
-            reference = packed_logprobs(policy.model, prompt, trie, weights, temperature)
-        gap = reference - logp
-        loss = loss + beta * (gap.exp() - gap - 1).sum()
-    return loss
 
 
 def update(policy, credited: list[tuple], groups: int, optimizer, settings):
@@ -1542,9 +1535,15 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     trained, loss_sum = sum(gather([own])), 0.0
     scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost
     for prompt, trie, weights in packs:
-        share = {node: weight / groups for node, weight in weights.items()}
-        beta = settings.beta / trained
-        loss = pack_loss(policy, prompt, trie, share, beta, settings.temperature)
+        given = policy.model, prompt, trie, weights, settings.temperature
+        logp = packed_logprobs(*given)
+        shares = torch.tensor([w / groups for w in weights.values()], device=logp.device)
+        loss = -(shares * logp).sum()
+        if settings.beta:  # mean KL to the model without its adapter (k3, Schulman 2020)
+            with torch.no_grad(), policy.model.disable_adapter():
+                reference = packed_logprobs(*given)
+            gap = reference - logp
+            loss = loss + settings.beta / trained * (gap.exp() - gap - 1).sum()
         (loss * scale).backward()
         loss_sum += loss.item()
     for p in params:  # the losses of all processes are parts of one sum
@@ -1565,18 +1564,19 @@ def limited_step(policy, credited, params, optimizer, settings) -> tuple[float, 
     whether nothing is left of the step). It is estimated: the mean of k3 (Schulman 2020) over some
     nodes of each process, trained or not, so that one limit suits a method that trains few."""
     whole = [(r, trie, dict.fromkeys(range(len(trie.tokens)), 1.0)) for r, trie, _ in credited]
-    pack = next(step_packs(whole, KL_TOKENS), None)
+    probe = next(step_packs(whole, KL_TOKENS), None)
 
     def logprobs():
+        if not probe:  # nothing in this process has signal
+            return torch.zeros(0)
         with torch.no_grad():
-            return packed_logprobs(policy.model, *pack, settings.temperature)
+            return packed_logprobs(policy.model, *probe, settings.temperature)
 
-    old, start = pack and logprobs(), [p.detach().clone() for p in params]
+    old, start = logprobs(), [p.detach().clone() for p in params]
     optimizer.step()
     for _ in range(8):
-        gap = logprobs() - old if pack else torch.zeros(0)
-        total, count = map(sum, zip(*gather([((gap.expm1() - gap).sum().item(), len(gap))])))
-        kl = total / count
+        gap = logprobs() - old
+        kl = fmean(gather((gap.expm1() - gap).tolist()))
         if kl <= settings.target_kl or not settings.target_kl:
             return kl, False
         if not math.isfinite(kl):
@@ -1597,7 +1597,7 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
     Continues where run/state.pt left off; `stop` ends it early once something is put in. The
     adapter that is kept is the best on `held_out`, problems that are not trained, if there are any.
     """
-    rank, world = rank_and_world()
+    rank, world = processes().process_index, processes().num_processes
     device, method = base_of(policy.model).device, credit_function(settings)
     optimizer = new_optimizer(policy.model)
     state, stopping = load_state(run, policy.model, optimizer), False
@@ -1623,8 +1623,8 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
 
         peaks |= {"rollout_s": middle - start, "update_s": time.perf_counter() - middle}
         peaks["peak_memory"] = peak_memory(device)
-        row = {"step": step + 1, "lr": lr} | step_metrics(policy, rollouts, replays, sums, peaks)
         done = state["step"] = step + 1
+        row = {"step": done, "lr": lr} | step_metrics(policy, rollouts, replays, sums, peaks)
         last = done == settings.steps
         stopping = any(gather([bool(stop)]))  # all leave after the same step
         if held_out and (last or done % settings.validate_every == 0):
@@ -1637,7 +1637,7 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         if due or stopping or "validation" in row:
             save_run(run, policy.model, optimizer, state, keep)
         release_memory()
-        yield row, rollouts
+        yield row, rollouts  # is shown before the run may end
         check_alive(state, row, run)
 
 
@@ -1663,11 +1663,6 @@ def learning_rate(step: int, settings) -> float:
     return settings.lr * min((step + 1) / warm, decay)
 
 
-def rank_and_world() -> tuple[int, int]:
-    """(number of this process, number of processes)"""
-    return processes().process_index, processes().num_processes
-
-
 def gather(values: list) -> list:
     """The values of all processes in one list, in order."""
     return accelerate.utils.gather_object(values)
@@ -1685,15 +1680,15 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
         state["failures"] += 1
     elif row["tokens_trained"]:
         state["failures"] = 0
-    barren = row["truncated"] > 0.9 or row["reward"] == 0 and state["best"] > 0.1
-    state["dead"] = state["dead"] + 1 if barren and row["signal"] == 0 else 0
+    lost = row["truncated"] > 0.9 or (row["reward"] == 0 and state["best"] > 0.1)
+    state["dead"] = state["dead"] + 1 if lost and row["signal"] == 0 else 0
     state["rewards"].append(row["reward"])
     if "validation" in row:
         score, least = row["validation"], state["best"]
         state["stale"] = 0 if score > least else state["stale"] + 1
     elif score_rewards:
-        wild = not row["kl"] < 1  # the rewards are older than that step
-        score, least = fmean(state["rewards"]), math.inf if wild else state["best"] / 2
+        score = fmean(state["rewards"])  # from before this step: they know nothing of a wild one
+        least = state["best"] / 2 if row["kl"] < 1 else math.inf
     else:
         return False
     state["rewards"] = []
@@ -1736,7 +1731,7 @@ def step_metrics(policy, rollouts, replays, sums: dict, peaks: dict) -> dict:
 
 def save_run(run: Path, model, optimizer, state: dict, keep: bool) -> None:
     """state.pt and, with `keep`, the adapter: they replace the old files once all are complete."""
-    if rank_and_world()[0] > 0:
+    if processes().process_index > 0:
         return
     temporary, names = run / "saving.tmp", ["state.pt"]
     temporary.mkdir(exist_ok=True)
@@ -1769,7 +1764,7 @@ def load_state(run: Path, model, optimizer) -> dict:
             optimizer.load_state_dict(saved["optimizer"])
             if state["step"]:  # the best adapter, which is needed at the end
                 safetensors.load_file(adapter)
-        if rank_and_world()[0] == 0:
+        if processes().process_index == 0:
             text = read_text(log) if log.exists() else ""
             lines = text.splitlines(keepends=True)[: state["step"]]  # line n is step n
             steps = [json.loads(line)["step"] for line in lines]
@@ -1784,20 +1779,20 @@ def load_state(run: Path, model, optimizer) -> dict:
 def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lambda count: None):
     """One record per problem: the greedy completion, whether it is right, and how many of `samples`
     at settings.temperature are. Processes share the problems. `tick` is told of each batch."""
-    rank, world = rank_and_world()
-    own, groups, seed = problems[rank::world], [], settings.seed + rank
-    for count, temperature in [(1, 0.0)] + [(samples, settings.temperature)] * (samples > 0):
-        asked = replace(settings, group_size=count, temperature=temperature)
-        groups.append(roll_out(policy, own, asked, seed, tick=lambda rows: tick(rows * world)))
+    rank, world = processes().process_index, processes().num_processes
+    own = problems[rank::world]
+    ask = partial(roll_out, seed=settings.seed + rank, tick=lambda rows: tick(rows * world))
+    firsts = ask(policy, own, replace(settings, group_size=1, temperature=0.0))
+    groups = ask(policy, own, replace(settings, group_size=samples)) if samples else firsts
     records = []
-    for number, (problem, first, *others) in enumerate(zip(own, *groups)):
+    for number, (problem, first, group) in enumerate(zip(own, firsts, groups)):
         [greedy], [entropy] = first.completions, first.entropies
         record = {"index": rank + number * world, **asdict(problem)}
         record |= {"completion": policy.text(greedy), "reward": first.rewards[0]}
         record |= {"correct": record["reward"] == 1, "length": len(greedy)}
         record |= {"entropy": fmean(entropy)}
         record |= {"truncated": not policy.finished(greedy), "samples": samples}
-        record["samples_correct"] = sum(group.rewards.count(1) for group in others)
+        record["samples_correct"] = group.rewards.count(1) if samples else 0
         if policy.metric:
             record["metric"] = policy.metric(record["completion"], problem.answer)
         records.append(record)
@@ -2012,7 +2007,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise SystemExit
 
 
-own = partial(typer.Option, rich_help_panel="This command")  # an option of one command alone
+opt = partial(typer.Option, rich_help_panel="This command")  # an option of one command alone
 
 
 def asks(command: Callable) -> Callable:
@@ -2030,7 +2025,8 @@ def asks(command: Callable) -> Callable:
             first, *others = folder if name == "eval" else [folder]
             take_over(settings, given, first, name)
             for other in others:
-                take_over(its := replace(settings), given, other, name)
+                its = replace(settings)
+                take_over(its, given, other, name)
                 odd = [flag(key) for key in ASKED if getattr(its, key) != getattr(settings, key)]
                 refuse(odd, f"{other} is not asked as {first} is; say how: {', '.join(odd)}.")
         command(settings, **values)
@@ -2114,7 +2110,7 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
             moved = key in ("model", *CODE) and Path(here).name == Path(there).name
             changed = resume and key not in MACHINE and here != there and not moved
             refuse(changed, f"{flag(key)} was {there}, not {here}: --adapter {run} begins anew.")
-        elif resume or key in saved.keys() - MACHINE and command in item.metadata["on"]:
+        elif resume or (key in saved and key not in MACHINE and command in item.metadata["on"]):
             trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
             refuse(key in CODE and is_code(there), f"{run} was made with its own code; {trust}")
             setattr(settings, key, there)
@@ -2141,8 +2137,9 @@ def note_changes(run: Path, now: dict[str, str]) -> None:
 def open_run(settings: Settings, now: dict[str, str], name: str, resume: Path | None) -> Path:
     """The folder of the run that goes on, or a new one: runs/NAME, or -2, -3, ... behind it."""
     if resume:
-        saved = now | read_json(resume / "config.json")  # older ones know less
-        refuse(saved | now != saved, f"The data, prompt or reward changed: use --adapter {resume}.")
+        saved = read_json(resume / "config.json")  # older ones know less
+        changed = any(saved.get(key, fact) != fact for key, fact in now.items())
+        refuse(changed, f"The data, prompt or reward changed: use --adapter {resume}.")
         return resume
     run, number = Path("runs", name), 2
     while run.exists():
@@ -2157,9 +2154,9 @@ def open_run(settings: Settings, now: dict[str, str], name: str, resume: Path | 
 @asks
 def train_command(
     settings: Settings,
-    name: Annotated[str, own(help="Folder in runs/.", show_default="TASK-METHOD")] = "",
-    resume: Annotated[Path | None, own(help="Continue the run in this folder.")] = None,
-    dry: Annotated[bool, own("--dry-run", help="Take one large step; tell its memory.")] = False,
+    name: Annotated[str, opt(help="Folder in runs/.", show_default="TASK-METHOD")] = "",
+    resume: Annotated[Path | None, opt(help="Continue the run in this folder.")] = None,
+    dry: Annotated[bool, opt("--dry-run", help="Take one large step; tell its memory.")] = False,
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
     credit_function(settings)  # what is wrong with it is said now
@@ -2176,7 +2173,8 @@ def train_command(
         note_changes(Path(settings.start_from), now)
     if dry:
         return dry_run(policy, task.train, settings)
-    rank, name = rank_and_world()[0], name or f"{settings.task}-{method_name(settings.method)}"
+    rank = processes().process_index
+    name = name or f"{settings.task}-{method_name(settings.method)}"
     run = gather([None if rank else open_run(settings, now, name, resume)])[0]
     try:
         with contextlib.nullcontext() if rank else filelock.FileLock(run / "run.lock", timeout=0):
@@ -2193,10 +2191,11 @@ def train_command(
 def trainable_model(policy: Policy, settings: Settings):
     """The model with a fresh LoRA adapter, or with the one that --adapter starts from."""
     keys = "lora_rank", "lora_alpha", "lora_targets", "lora_layers"
-    shape, usual = ([getattr(thing, key) for key in keys] for thing in (settings, Settings))
+    shape = [getattr(settings, key) for key in keys]
     if not settings.start_from:
         return add_lora(policy.model, *shape)
-    refuse(shape != usual, f"--adapter has its own shape: leave out {', '.join(map(flag, keys))}.")
+    changed = shape != [getattr(Settings, key) for key in keys]
+    refuse(changed, f"--adapter has its own shape: leave out {', '.join(map(flag, keys))}.")
     folder = Path(settings.start_from)
     return load_adapter(policy.model, folder, "default", settings.model, trainable=True)
 
@@ -2298,7 +2297,7 @@ def evaluate_once(policy, problems, settings: Settings, run: Path, stop, phase: 
     with bare, progress("evaluating", len(problems), stop) as tick:
         found = evaluate(policy, problems, settings, 0, tick)
     records = [{"phase": phase, **record} for record in found]
-    if rank_and_world()[0] == 0:
+    if processes().process_index == 0:
         write_jsonl(path, [row for row in old if row.get("phase") != phase] + records)
     return records
 
@@ -2309,7 +2308,8 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
     longest = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
     settings = replace(settings, steps=1, prompts_per_step=count, replay=0)
     turns = cycle([0.0, 1.0])
-    policy.ends, policy.reward = set(), lambda problem, completion: next(turns)
+    policy.ends, policy.stop = set(), ""
+    policy.reward = lambda problem, completion: next(turns)
     with tempfile.TemporaryDirectory() as folder:
         for row, _ in train(policy, longest[-count:], [], settings, Path(folder), []):
             show_step(row, base_of(policy.model).device, "The largest step:")
@@ -2319,13 +2319,13 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
 @asks
 def eval_command(
     settings: Settings,
-    adapter: Annotated[list[Path] | None, own(help="A run's folder; may be repeated.")] = None,
-    question: Annotated[str, own(help="Only answer this question of yours.")] = "",
-    samples: Annotated[int, own(help="N samples a problem, for pass@k.", min=0)] = 0,
-    limit: Annotated[int | None, own(help="First N problems.", show_default="all", min=1)] = None,
-    shown: Annotated[int, own(help="Answers shown of each kind.", min=0)] = 3,
-    output: Annotated[Path | None, own(help="Write every answer to this JSONL file.")] = None,
-    min_accuracy: Annotated[float, own(help="Exit code 1 if the last is below (0-1).")] = 0.0,
+    adapter: Annotated[list[Path] | None, opt(help="A run's folder; may be repeated.")] = None,
+    question: Annotated[str, opt(help="Only answer this question of yours.")] = "",
+    samples: Annotated[int, opt(help="N samples a problem, for pass@k.", min=0)] = 0,
+    limit: Annotated[int | None, opt(help="First N problems.", show_default="all", min=1)] = None,
+    shown: Annotated[int, opt(help="Answers shown of each kind.", min=0)] = 3,
+    output: Annotated[Path | None, opt(help="Write every answer to this JSONL file.")] = None,
+    min_accuracy: Annotated[float, opt(help="Exit code 1 if the last is below (0-1).")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the test problems."""
     check_writable(output)
@@ -2369,9 +2369,9 @@ def check_writable(path: Path | None, *kinds: str) -> None:
 @asks
 def inspect_command(
     settings: Settings,
-    index: Annotated[int | None, own(help="Training problem; else one with signal.", min=0)] = None,
-    adapter: Annotated[Path | None, own(help="A run's folder.")] = None,
-    output: Annotated[Path | None, own(help="Also write it to this .html or .svg file.")] = None,
+    index: Annotated[int | None, opt(help="Training problem; else one with signal.", min=0)] = None,
+    adapter: Annotated[Path | None, opt(help="A run's folder.")] = None,
+    output: Annotated[Path | None, opt(help="Also write it to this .html or .svg file.")] = None,
 ):
     """Sample one group and show which tokens a method trains, with what credit."""
     check_writable(output, ".html", ".svg")
@@ -2401,8 +2401,8 @@ def inspect_command(
 @app.command(epilog="Example: python tokenrl.py plot runs/* --what entropy")
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
-    what: Annotated[str, own(help="A column of metrics.jsonl, such as validation.")] = "reward",
-    output: Annotated[Path | None, own(help="Also draw it into this .png or .svg file.")] = None,
+    what: Annotated[str, opt(help="A column of metrics.jsonl, such as validation.")] = "reward",
+    output: Annotated[Path | None, opt(help="Also draw it into this .png or .svg file.")] = None,
 ):
     """Draw the curves of one or more runs, in the terminal and as a picture."""
     check_writable(output, ".png", ".svg")
@@ -2429,7 +2429,7 @@ def plot(
 def merge(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the merged checkpoint.")],
-    dtype: Annotated[str, own(help="auto (the model's own), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, opt(help="auto (the model's own), float32, bfloat16, float16.")] = "auto",
 ):
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or
     transformers. bfloat16 rounds away what is under a 500th of a weight."""

@@ -279,7 +279,8 @@ def test_dry_run(cli, monkeypatch):
     few = small_task(train=3, test=3)
     cli("train", *few, *FAST, "--prompts-per-step", 8, "--dry-run")  # problems come again
     cli("train", "svamp", *FAST, "--dry-run", "--replay", "1")
-    assert [row["tokens_generated"] for row in seen] == [192, 768, 288]  # 2 x 4 x 24, ...
+    cli("train", "svamp", *FAST, "--dry-run", "--prompt", "plain", "--stop", " ")  # nor by a text
+    assert [row["tokens_generated"] for row in seen] == [192, 768, 288, 192]  # 2 x 4 x 24, ...
     assert all(row["signal"] == 1 and row["length"] == 24 for row in seen)
     assert not Path("runs").exists()
 
@@ -693,8 +694,13 @@ def test_whatever_a_learning_rate_does_a_good_adapter_is_kept(cli, options):
 
 
 def test_non_finite_steps_stop_the_run(cli, monkeypatch):
-    plain = tokenrl.pack_loss
-    monkeypatch.setattr(tokenrl, "pack_loss", lambda *given: plain(*given) * float("nan"))
+    plain = tokenrl.step_packs
+
+    def bad(*given):
+        for prompt, trie, weights in plain(*given):
+            yield prompt, trie, dict.fromkeys(weights, float("nan"))
+
+    monkeypatch.setattr(tokenrl, "step_packs", bad)
     code, text = cli("train", "svamp", *FAST, "--steps", "9", "--name", "nan")
     assert refused((code, text), "not finite", "runs/nan", "--lr")
     rows = [row for row in rows_of("runs/nan/metrics.jsonl") if row["tokens_trained"]]

@@ -1576,7 +1576,8 @@ def test_processes_take_other_problems_and_draw_other_samples(tmp_path, watched,
     """The loop as each of two processes would go through it."""
     asked, seeds = [], []
     for rank in range(2):
-        monkeypatch.setattr(tokenrl, "rank_and_world", lambda rank=rank: (rank, 2))
+        state = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(tokenrl, "processes", lambda state=state: state)
         watched.asked.clear()
         _, steps = run_training(tmp_path / str(rank), steps=1, prompts_per_step=4, replay=2)
         asked.append([rollout.problem for rollout in steps[0][1]])
@@ -1927,7 +1928,8 @@ def test_processes_draw_other_samples_in_an_evaluation(monkeypatch):
 
     monkeypatch.setattr(tokenrl, "sample", sample)
     for rank in range(2):
-        monkeypatch.setattr(tokenrl, "rank_and_world", lambda rank=rank: (rank, 2))
+        state = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(tokenrl, "processes", lambda state=state: state)
         tokenrl.evaluate(tiny_policy(), PROBLEMS, settings_of(), samples=2)
     assert len(seeds) == 4 and not {*seeds[:2]} & {*seeds[2:]}
 

@@ -260,7 +260,12 @@ def test_many_rejected_rows_are_not_all_shown(cli):
             [],
             "rejected line 2: more fields than the header",
         ),
-        ("f.csv", b"question,answer,answer\n1?,1,2\n2?,3,4\n", [], "rename one of two equal columns"),
+        (
+            "f.csv",
+            b"question,answer,answer\n1?,1,2\n2?,3,4\n",
+            [],
+            "rename one of two equal columns",
+        ),
         ("f.csv", b"question,answer\n1?,3. Mai\n2?,2\n", [], "'3. Mai' is not a number"),
         ("f.csv", b"question,answer\n1?,12-May\n2?,2\n", [], "'12-May' is not a number"),
         ("f.csv", b'question,answer\n1?,"12,50- EUR"\n2?,2\n', [], "is not a number"),

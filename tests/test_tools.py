@@ -204,7 +204,8 @@ def main(*arguments):
     except SystemExit as ended:
         return ended.code or 0
 
-rank, world = tokenrl.rank_and_world()
+state = tokenrl.processes()
+rank, world = state.process_index, state.num_processes
 seen, plain = [], tokenrl.roll_out
 
 def watched(policy, problems, settings, seed, prefixes=None, **options):
