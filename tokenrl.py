@@ -2410,8 +2410,6 @@ def plot(
     for run in runs:
         if curve := curve_of(run_rows(run / "metrics.jsonl"), what):
             curves[f"{run} {accuracies(run)}".strip()] = curve
-        else:
-            console.print(f"Note: there is no {what} in {run}.")
     refuse(not curves, f"There is no {what} to draw in {', '.join(map(str, runs))}.")
     console.print(curve_table(curves, what))
     if output:
