@@ -987,46 +987,6 @@ def check_length(config, length: int) -> None:
     refuse(length > limit, f"{over}; lower --max-new-tokens or shorten the prompt.")
 
 
-def check_model(model, tokenizer) -> None:
-    """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
-    do, or changes its logits in a way of its own."""
-    kind = base_of(model).config.model_type
-    unfit = f"{kind} models do not fit the packed update; use a plain decoder such as Qwen2"
-    with explained(unfit):
-        for what, gap in deviations(model, tokenizer).items():
-            refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
-
-
-def deviations(model, tokenizer) -> dict[str, float]:
-    """How far our logits, and the log-probs of sampling and of packing, are from the model's own in
-    a plain pass: root mean squares, as shares of what can be rounding."""
-    base, rng = base_of(model), random.Random(0)
-    config = base.config.get_text_config()
-    size = min(len(tokenizer), config.vocab_size)
-    ids = [rng.randrange(size) for _ in range(30)]
-    prompts = [ids[:17], ids[:3] + ids[17:]]
-    options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
-    groups, _, stats = sample(model, tokenizer, prompts, 5, **options)
-    gaps = []
-    for prompt, group, logprobs in zip(prompts, groups, stats):
-        trie, rows = Trie(group), [torch.tensor(prompt + completion) for completion in group]
-        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base.device)
-        with torch.inference_mode():
-            theirs = base(input_ids=inputs).logits.float()
-            ours = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
-            packed = packed_logprobs(model, prompt, trie, range(len(trie.tokens))).cpu()
-        after = [row[len(prompt) - 1 :].log_softmax(-1) for row in theirs.cpu()]
-        wanted = torch.cat([row[range(len(c)), c] for row, c in zip(after, group)])
-        drawn, nodes = torch.tensor(sum(logprobs, [])), sum(trie.paths, [])
-        gaps.append(torch.stack([drawn - wanted, packed[nodes] - wanted]))
-    # Each layer rounds anew, by about epsilon of what is there: a random walk.
-    epsilon, spread = torch.finfo(base.dtype).eps, theirs.std(-1).mean().item()
-    rounding = max(1e-3, epsilon * spread * math.sqrt(config.num_hidden_layers))
-    sampling, packing = (torch.cat(gaps, 1).pow(2).mean(1).sqrt() / rounding).tolist()
-    logits = ((ours - theirs).norm() / theirs.norm()).item() / 0.01
-    return {"logits": logits, "sampling": sampling, "packing": packing}
-
-
 GRAPHS = {"cuda": 128}  # where decoding is captured: tokens of a graph
 STREAMS = {}  # of a device: one for all captures, since each keeps a workspace of its own
 
@@ -1641,9 +1601,49 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
         check_alive(state, row, run)
 
 
-# ---- 9. Around the loop: schedule, processes, metrics, saving and resuming, evaluation ----------
+# ---- 9. Around the loop: start-up check, schedule, metrics, saving and resuming, evaluation ------
 
 DEAD_STEPS = 5  # so many in a row with nothing to learn from end a run
+
+
+def check_model(model, tokenizer) -> None:
+    """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
+    do, or changes its logits in a way of its own."""
+    kind = base_of(model).config.model_type
+    unfit = f"{kind} models do not fit the packed update; use a plain decoder such as Qwen2"
+    with explained(unfit):
+        for what, gap in deviations(model, tokenizer).items():
+            refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
+
+
+def deviations(model, tokenizer) -> dict[str, float]:
+    """How far our logits, and the log-probs of sampling and of packing, are from the model's own in
+    a plain pass: root mean squares, as shares of what can be rounding."""
+    base, rng = base_of(model), random.Random(0)
+    config = base.config.get_text_config()
+    size = min(len(tokenizer), config.vocab_size)
+    ids = [rng.randrange(size) for _ in range(30)]
+    prompts = [ids[:17], ids[:3] + ids[17:]]
+    options = {"max_new_tokens": 12, "ends": set(ids), "with_stats": True}
+    groups, _, stats = sample(model, tokenizer, prompts, 5, **options)
+    gaps = []
+    for prompt, group, logprobs in zip(prompts, groups, stats):
+        trie, rows = Trie(group), [torch.tensor(prompt + completion) for completion in group]
+        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(base.device)
+        with torch.inference_mode():
+            theirs = base(input_ids=inputs).logits.float()
+            ours = logits_of(model, base.get_decoder()(input_ids=inputs).last_hidden_state)
+            packed = packed_logprobs(model, prompt, trie, range(len(trie.tokens))).cpu()
+        after = [row[len(prompt) - 1 :].log_softmax(-1) for row in theirs.cpu()]
+        wanted = torch.cat([row[range(len(c)), c] for row, c in zip(after, group)])
+        drawn, nodes = torch.tensor(sum(logprobs, [])), sum(trie.paths, [])
+        gaps.append(torch.stack([drawn - wanted, packed[nodes] - wanted]))
+    # Each layer rounds anew, by about epsilon of what is there: a random walk.
+    epsilon, spread = torch.finfo(base.dtype).eps, theirs.std(-1).mean().item()
+    rounding = max(1e-3, epsilon * spread * math.sqrt(config.num_hidden_layers))
+    sampling, packing = (torch.cat(gaps, 1).pow(2).mean(1).sqrt() / rounding).tolist()
+    logits = ((ours - theirs).norm() / theirs.norm()).item() / 0.01
+    return {"logits": logits, "sampling": sampling, "packing": packing}
 
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
