@@ -147,9 +147,9 @@ class Settings:
     start_from: str = option("", "Run to start from.", "Main", TRAIN, "--adapter", shown="none")
     seed: int = option(0, "Of problems, samples, adapter.", "Main", high=2**32 - 1)
 
-    alpha: int = option(4, "s-grpo: first tokens, all trained.", "Credit", SHOW)
+    alpha: int = option(4, "s-grpo: train the first N tokens.", "Credit", SHOW)
     p: float = option(0.3, "s-grpo: chance of each later token.", "Credit", SHOW, high=1)
-    k: int = option(0, "s-grpo: most of a completion; 0: all.", "Credit", SHOW)
+    k: int = option(0, "s-grpo: at most N in all; 0: no limit.", "Credit", SHOW)
     replay: int = option(0, "Extra groups from inside completions.", "Credit", TRAIN)
 
     prompts_per_step: int = option(8, "Problems asked per step.", "Rollout", TRAIN, low=1)
@@ -2325,7 +2325,7 @@ def eval_command(
     limit: Annotated[int | None, opt(help="First N problems.", show_default="all", min=1)] = None,
     shown: Annotated[int, opt(help="Answers shown of each kind.", min=0)] = 3,
     output: Annotated[Path | None, opt(help="Write every answer to this JSONL file.")] = None,
-    min_accuracy: Annotated[float, opt(help="Exit code 1 if the last is below (0-1).")] = 0.0,
+    min_accuracy: Annotated[float, opt(help="Exit code 1 if the last is below it.")] = 0.0,
 ):
     """Compare the base model and any number of adapters on the test problems."""
     check_writable(output)
