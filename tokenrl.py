@@ -781,7 +781,8 @@ def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
 
 def processes(cpu: bool = False):
     """What accelerate knows of this process and the others; the first call picks the device."""
-    return accelerate.PartialState(cpu=cpu or not torch.accelerator.is_available())
+    many = "LOCAL_RANK" in os.environ  # not WORLD_SIZE, which clusters set too
+    return accelerate.PartialState(cpu=many and (cpu or not torch.accelerator.is_available()))
 
 
 def pick_device(device: str) -> str:

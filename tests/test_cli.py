@@ -308,19 +308,15 @@ def test_no_test_problems_are_none(cli):
     )
 
 
-def test_a_run_that_trained_nothing_says_so(cli):
-    code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", 2)
-    assert code == 0 and "Nothing was trained" in text
-
-
 def test_a_sample_is_shown_with_its_question_reference_and_reward(cli):
     code, text = cli("train", "svamp", *FAST, "--steps", "1")
     assert code == 0
-    for word in ("question", "completion", "reference", "reward", "####"):
-        assert word in text
+    shown = re.search(r"question (.+?) completion .*? reference (\S+) reward [01] step", text)
+    asked = [(row["question"], row["answer"]) for row in rows_of(DEMO / "train.jsonl")]
+    assert shown and shown.groups() in asked
 
 
-def test_options_that_could_train_nothing(cli):
+def test_targets_may_be_written_with_blanks(cli):
     run = one_step(cli, "one", "--lora-targets", "q_proj, v_proj", "--prompts-per-step", 8)
     for target in ("q_proj", "v_proj"):
         found = [w for name, w in weights_of(run).items() if f"{target}.lora_B" in name]
@@ -332,6 +328,7 @@ def test_options_that_could_train_nothing(cli):
 def test_answers_that_are_cut_off_are_told(cli):
     code, text = cli("train", "svamp", *FAST, "--steps", "1", "--max-new-tokens", "2")
     assert code == 0 and "100% cut off at 2 tokens" in text.split("step reward")[0]
+    assert "Nothing was trained: no rewards differed; see --reward." in text
 
 
 def test_version_and_help(monkeypatch, cli, capsys):
@@ -362,7 +359,6 @@ assert not {"torch", "transformers", "peft", "accelerate", "numpy"} & set(sys.mo
 
 def test_importing_changes_nothing_and_needs_no_heavy_import():
     subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=True, timeout=60)
-    assert "OMP_WAIT_POLICY" not in IMPORT
 
 
 # ---- validation, the best adapter, methods of one's own, further training ------------------------
@@ -606,7 +602,6 @@ def test_a_signal_within_a_step_saves_it_and_leaves_the_terminal_as_it_was(
     assert ("\x1b[?25h" in text) == terminal and signal.getsignal(number) is before
     state = torch.load("runs/svamp-s-grpo/state.pt", weights_only=True)
     assert state["step"] == 2 == len(rows_of("runs/svamp-s-grpo/metrics.jsonl"))
-    assert len(steps) == 2
 
 
 def test_ctrl_c_that_ends_the_pipe_too_saves_the_step(cli, monkeypatch):
@@ -755,7 +750,6 @@ def test_out_of_memory(cli, monkeypatch, message):
         ("train svamp --resume nowhere", ["nowhere"]),
         ("train svamp --dtype int3", ["int3"]),
         ("eval svamp --dtype tensor", ["tensor"]),
-        ("merge nowhere out --dtype int3", []),
         ("train svamp --device abacus", ["'abacus'"]),
         ("train svamp --device cuda:99", ["cuda:99"]),
         ("train svamp --max-new-tokens 9999", ["context", "--max-new-tokens"]),
@@ -779,11 +773,11 @@ def test_bad_arguments(cli, arguments, words):
     "option, values",
     [
         ("lr", "inf nan 1e37 -1 x"),
-        ("lora-alpha", "nan inf -1"),
+        ("lora-alpha", "nan inf -1 1e300"),
         ("seed", f"{2**70} -1 1.5"),
         ("p", "nan 1.5 -0.1"),
         ("temperature", "0 nan inf -1 1e-300"),
-        ("beta", "nan inf -1"),
+        ("beta", "nan inf -1 1e300"),
         ("target-kl", "nan inf -1"),
         ("lora-layers", "0 1.1 nan"),
         ("lora-rank", "0 -1"),
@@ -793,8 +787,8 @@ def test_bad_arguments(cli, arguments, words):
         ("batch-rows", "0"),
         ("max-pack-tokens", "0"),
         ("validate-every", "-1"),
-        ("patience", "0"),
-        ("save-every", "0"),
+        ("patience", f"0 {10**30}"),
+        ("save-every", f"0 {10**30}"),
         ("eval-problems", "-1"),
         ("alpha", "-1"),
         ("k", "-1"),
@@ -811,8 +805,8 @@ def test_options_beyond_their_edges(cli, option, values):
 @pytest.mark.parametrize(
     "options",
     [
-        "--lora-alpha 1e300",
-        "--beta 1e300",
+        "--lora-alpha 1e9",
+        "--beta 1e9",
         "--temperature 100",
         "--temperature 0.01",
         "--target-kl 1e-30 --lr 1",
@@ -821,14 +815,14 @@ def test_options_beyond_their_edges(cli, option, values):
         "--lora-layers 0.001 --lora-rank 1",
         "--alpha 0 --p 0",
         "--alpha 4 --k 4",
-        f"--seed {2**32 - 1} --save-every {10**30} --patience {10**30}",
+        f"--seed {2**32 - 1} --save-every {10**9} --patience {10**9}",
     ],
 )
 def test_options_at_their_edges(cli, options):
     code, text = cli(
         "train", "svamp", *FAST, "--steps", "2", "--eval-problems", 2, *options.split()
     )
-    assert code == 0 or refused((code, text))
+    assert code == 0, text
 
 
 @pytest.mark.parametrize(
@@ -865,7 +859,6 @@ def test_shots_is_the_number_of_worked_examples_and_evaluation_keeps_it(cli, mon
         return sample(model, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr(tokenrl, "sample", watched)
-    monkeypatch.setattr(tokenrl, "check_model", lambda *_: None)  # it samples too
     asked, model = ["mine", "--data-dir", "d"], ["--model", DEMO, "--prompt", "plain"]
     for options, shots in (([], 3), (["--shots", 2], 2), (["--shots", 0], 0), (["--shots", 9], 3)):
         seen.clear()
@@ -924,8 +917,8 @@ def save_model(folder, **options):
 def test_a_named_model_is_never_replaced(cli):
     task = small_task("demo2")[:3]
     code, text = cli("train", *task, "--model", "Qwen/Qwen2-1.5B")
-    assert refused((code, text), "Qwen/Qwen2-1.5B") and "--model demo" not in text
-    assert refused(cli("train", *task), "Qwen/Qwen2-1.5B")  # on a CPU too
+    assert refused((code, text), "Qwen/Qwen2-1.5B is no folder") and "--model demo" not in text
+    assert refused(cli("train", *task), "Qwen/Qwen2-1.5B is no folder")  # on a CPU too
     assert cli("train", *task, "--model", "demo", *FAST, "--steps", "1")[0] == 0
     assert cli("merge", "runs/demo2-s-grpo", "merged")[0] == 0
     Path("empty").mkdir()
@@ -939,7 +932,7 @@ def test_a_named_model_is_never_replaced(cli):
     "name, content, words",
     [
         ("tokenizer.json", None, ["tokenizer"]),
-        ("tokenizer.json", "{}", []),
+        ("tokenizer.json", "{}", ["no model"]),
         ("config.json", "[]", ["no model"]),
         ("config.json", ("hidden_size", 64), ["no model"]),
         ("config.json", ("hidden_size", "wide"), ["no model"]),
@@ -1090,6 +1083,25 @@ def test_an_adapter_with_other_keys_or_nan_is_refused(cli, change):
     assert not Path("out").exists()
 
 
+def test_every_start_checks_the_model(cli, monkeypatch):
+    """And computes in float32 where float16 has too few digits for it."""
+    seen, bad = [], {torch.float16}
+
+    def check(model, tokenizer):
+        seen.append(model.dtype)
+        tokenrl.refuse(model.dtype in bad, "not exact")
+
+    monkeypatch.setattr(tokenrl, "check_model", check)
+    short = ["svamp", "--device", "cpu", "--max-new-tokens", 2, "--dtype"]
+    train = ["train", *FAST, "--steps", 1]
+    for command in (train, ["eval", "--limit", 2], ["inspect", "--index", 3]):
+        seen.clear()
+        assert cli(*command, *short, "float16")[0] == 0 and seen == [torch.float16, torch.float32]
+        bad.add(torch.float32)
+        assert refused(cli(*command, *short, "float32"), "not exact")
+        bad.remove(torch.float32)
+
+
 def test_a_float32_checkpoint_is_computed_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert tokenrl.pick_dtype("auto", "cuda", torch.float32) == torch.float32
@@ -1207,9 +1219,10 @@ def test_sliding_window_shorter_than_the_sequence_is_refused(cli, tmp_path):
 
 
 def test_the_longest_question_is_found_by_tokens(cli):
-    """300 emojis are fewer characters than the longest question, but more tokens."""
+    """300 emojis are fewer characters than another question, but more tokens."""
     task = small_task("mine")
     rows = rows_of("d/mine/train.jsonl")
+    rows[4]["question"] = "Ann has 3 pens and gets 4 more. " * 10
     rows[3]["question"] = "\U0001f600" * 300
     tokenrl.write_jsonl(Path("d/mine/train.jsonl"), rows)
     assert refused(cli("train", *task, *FAST, "--steps", 2), "context", "--max-new-tokens")

@@ -18,7 +18,16 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import ARCHITECTURES, DEMO, FAST, Words, random_completions, random_model, rows_of
+from conftest import (
+    ARCHITECTURES,
+    DEMO,
+    FAST,
+    Words,
+    exact,
+    random_completions,
+    random_model,
+    rows_of,
+)
 
 import tokenrl
 
@@ -1477,7 +1486,6 @@ def test_a_replay_has_no_more_room_than_the_completion_it_ends():
 # ---- the training loop --------------------------------------------------------------------------
 
 PROBLEMS = [tokenrl.Problem(f"{i} 9", "1") for i in range(2, 14)]
-CLOCKS = ("rollout_s", "update_s", "peak_memory")
 
 
 def tiny_policy(seed=1):
@@ -1498,7 +1506,7 @@ def run_training(run, policy=None, held_out=(), stop=(), **changes):
     run.mkdir(exist_ok=True)
     policy, settings = policy or tiny_policy(), loop_settings(**changes)
     steps = list(tokenrl.train(policy, PROBLEMS, list(held_out), settings, run, list(stop)))
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row, _ in steps], steps
+    return exact(row for row, _ in steps), steps
 
 
 @pytest.fixture
@@ -1625,13 +1633,7 @@ def assert_same_runs(*runs):
     states = [torch.load(run / "state.pt", weights_only=True) for run in runs]
     flat = [json.dumps(state, default=lambda tensor: tensor.tolist()) for state in states]
     assert flat[0] == flat[1]
-    rows = [
-        [
-            {k: v for k, v in row.items() if k not in CLOCKS}
-            for row in rows_of(run / "metrics.jsonl")
-        ]
-        for run in runs
-    ]
+    rows = [exact(rows_of(run / "metrics.jsonl")) for run in runs]
     assert rows[0] == rows[1]
 
 
@@ -1689,11 +1691,6 @@ def test_problems_that_validate_are_asked_greedily(monkeypatch):
     score = tokenrl.validate(policy, PROBLEMS, settings_of())
     records = tokenrl.evaluate(policy, PROBLEMS, settings_of())
     assert set(seen) == {0.0} and score == mean([record["correct"] for record in records])
-
-
-def test_a_stop_saves_after_the_step(tmp_path):
-    rows, _ = run_training(tmp_path, stop=[15], save_every=100, steps=100)
-    assert len(rows) == 1 and torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
 
 
 # ---- runs that come to nothing ------------------------------------------------------------------
@@ -1838,35 +1835,6 @@ def test_rewards_between_0_and_1_are_validated_but_are_no_accuracy(tmp_path):
     rows, _ = run_training(tmp_path, policy, **options)
     assert max(row["validation"] for row in rows) > 0
     assert {row["accuracy"] for row in rows} == {0} and max(row["reward"] for row in rows) > 0
-
-
-def own_task(folder, questions):
-    (folder / "own").mkdir(parents=True)
-    for split in ("train", "test"):
-        rows = [json.dumps({"question": q, "answer": "1", "type": ""}) for q in questions[split]]
-        (folder / "own" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-
-
-def test_the_longest_question_is_found_by_tokens_before_training(cli, tmp_path):
-    plain = [
-        f"What is {i} and {i} and {i} and {i}, and what is it without {i}?" * 6 for i in range(8)
-    ]
-    own_task(
-        tmp_path / "d",
-        {"train": plain[:7] + ["\N{SNOWMAN}\N{PILE OF POO}" * 150], "test": plain[:2]},
-    )
-    common = ["--model", "demo", "--device", "cpu", "--data-dir", "d"]
-    code, said = cli("train", "own", *common, "--max-new-tokens", "8", "--steps", "1")
-    assert (
-        code == 1 and "context" in said and "--max-new-tokens" in said and not Path("runs").exists()
-    )
-
-
-def test_a_run_that_trained_nothing_says_so(cli):
-    common = ["--model", "demo", "--device", "cpu", "--steps", "2", "--max-new-tokens", "8"]
-    common += ["--prompts-per-step", "2", "--eval-problems", "0", "--validate-every", "0"]
-    code, said = cli("train", "svamp", *common, "--reward", "regex:never {answer}")
-    assert code == 0 and "Nothing was trained" in said and "--reward" in said
 
 
 # ---- evaluation ---------------------------------------------------------------------------------

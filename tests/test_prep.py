@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 
 import tokenrl
 
-ORDERS = Path(tokenrl.__file__).parent / "shared" / "data" / "answers" / "orders.csv"
-
 
 def answers_of(folder):
     """{question: answer} of a prepared task."""
@@ -353,11 +351,26 @@ def test_half_a_surrogate_pair(cli):
 # ---- answers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not ORDERS.exists(), reason="shared/ is not here")
+OFFICE = """\
+\ufeffsep=;
+Frage;Antwort;Art
+"3 Kisten zu je 12,50 \u20ac. Was kosten sie?";"37,50 \u20ac";Rechnung
+"Netto 1.200,00 EUR, dazu 19 % Steuer. Wie viel brutto?";"1.428,00 EUR";Rechnung
+"14 Stunden zu 85 EUR. Was wird berechnet?";"1.190";Rechnung
+"Ein Rabatt von 25 auf 100. Wie viel Prozent?";"25 %";Rabatt
+"Eine Schicht dauert 7,5 h. Wie lang sind 5 Schichten?";"37,5 h";Zeit
+"Was ist ein Achtel als Dezimalzahl?";"0,125";Mass
+
+"3 Kisten zu je 12,50 \u20ac. Was kosten sie?";"37,00 \u20ac";Rechnung
+"2 mal 2.500 St\u00fcck?";"5.000";St\u00fcck
+"Wie hei\u00dft der Lieferant?";"Meier";Text
+"""
+
+
 def test_a_sheet_of_a_european_office(cli):
-    code, text = cli(
-        "prep", ORDERS, "--question", "Frage", "--answer", "Antwort", "--data-dir", "d"
-    )
+    Path("orders.csv").write_text(OFFICE, encoding="utf-8")
+    columns = ["--question", "Frage", "--answer", "Antwort"]
+    code, text = cli("prep", "orders.csv", *columns, "--data-dir", "d")
     assert code == 0 and "d/orders: 5 to train, 2 to test, 2 in rejected.jsonl" in text
     assert "rejected line 10: a contradiction: '37,00 \u20ac' after '37,50 \u20ac'" in text
     assert "the answer 'Meier' is not a number" in text
@@ -503,7 +516,7 @@ def test_a_task_for_evaluation_only(cli):
     assert task.train == [] and len(task.test) == 3
 
 
-@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("moment", range(14))
 def test_train_and_test_are_of_one_preparation_at_every_moment(tmp_path, monkeypatch, moment):
     """The disk is full, or the process is killed, at the n-th thing that it does to the folder."""
 
@@ -535,6 +548,7 @@ def test_train_and_test_are_of_one_preparation_at_every_moment(tmp_path, monkeyp
     except Killed:
         finished = False
     monkeypatch.undo()
+    assert finished == (moment == 13)
     words = {
         split: {row["question"].split()[0] for row in rows_of(tmp_path / "t" / f"{split}.jsonl")}
         for split in ("train", "test")

@@ -319,6 +319,7 @@ def test_code_comes_only_from_this_command_line(cli, key, name):
         Path("executed").unlink()
     (run / "other.py").write_text(NOTES)  # another file than the run's is refused or taken, as said
     assert refused(cli(*commands["resume"], f"--{key}", f"runs/x/other.py:{name}"), f"--{key}")
+    assert not Path("executed").exists()
 
 
 def test_inspect_takes_a_runs_metric_for_no_code(cli):
@@ -651,7 +652,8 @@ def test_adapters_without_safetensors_are_refused_and_nothing_is_asked_for(
             ["merge", "runs/x", "out"],
             ["train", "few", "--data-dir", "d", "--model", "demo", "--adapter", "runs/x"],
         ):
-            assert refused(cli(*command), "runs/x", "adapter")
+            lacking = "runs/x holds no adapter (no adapter_model.safetensors)"
+            assert refused(cli(*command), lacking)
     assert not Path("out").exists()
 
 

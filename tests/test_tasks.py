@@ -329,10 +329,3 @@ def test_writing_replaces_a_file_or_leaves_it(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         tokenrl.write_atomically(path, "new")
     assert path.read_bytes() == before
-
-
-def test_a_numpy_value_never_gets_into_json(score):
-    assert (
-        json.dumps(score("import numpy\ndef f(text, answer): return numpy.float32(0.5)")("", ""))
-        == "0.5"
-    )

@@ -16,7 +16,6 @@ from rich.console import Console
 
 import tokenrl
 
-AS_IT_IS = {"markup": False, "emoji": False, "highlight": False}
 PROBLEM = tokenrl.Problem("What is 7 * 8? [/b]:smile:", "56")
 GIB = 2**30
 
@@ -27,7 +26,7 @@ def screen(monkeypatch):
 
     def place(width=80, terminal=False):
         file = io.StringIO()
-        options = {"force_terminal": terminal, "color_system": None, **AS_IT_IS}
+        options = {"force_terminal": terminal, "color_system": None, **tokenrl.AS_IT_IS}
         console = Console(file=file, width=width, height=24, legacy_windows=False, **options)
         console.text = lambda: re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue()).replace(
             "\r", "\n"
@@ -392,7 +391,7 @@ def test_picture(cli, monkeypatch):
         for name in ("a.png", "a.svg"):
             assert cli("plot", "a", "--output", name)[0] == 0 and Path(name).stat().st_size > 999
         assert "<svg" in Path("a.svg").read_text()
-    assert "must end in" in cli("plot", "a", "--output", "a.gif")[1]
+    assert "must end in .png or .svg" in cli("plot", "a", "--output", "a.gif")[1]
     assert not Path("a.gif").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, text = cli("plot", "a", "--output", "b.png")
