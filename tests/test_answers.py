@@ -207,3 +207,9 @@ def test_every_decimal_is_read_back(number, cents, form, marks):
     for decimal in ("", marks[1]):
         assert tokenrl.extract_number(form.format(text), decimal) == wanted
         assert tokenrl.read_number(text, decimal) == wanted
+
+
+def test_a_long_cell_is_read_in_linear_time():
+    start = time.process_time()
+    assert tokenrl.read_number("5" + "," * 16_000 + "1") is None
+    assert time.process_time() - start < 1  # four seconds, when each comma was tried again
