@@ -270,6 +270,7 @@ _END = re.compile(  # what may stand behind a number; anything else says that it
     """,
     re.VERBOSE,
 )
+_REASON = re.compile(r"(?<=\S)[.!] (?=[A-Z(])| \((?=[^()]*=)|,? (?:because|since|denn|weil)\b")
 _CELL_END = re.compile(r"(?!(?<=\d)[-.] ?[^\W\d_])[.,-]*+ ?[^\s\d?!=:;]*(?:\^?[23])?")  # not 3-May
 
 
@@ -348,9 +349,7 @@ def extract_number(text: str, decimal: str = "") -> Fraction | None:
     \\boxed{5}, the answer is 5), else the last number. A number is read whole or not at all."""
     *lines, rest = _final_parts(_plain(text, decimal))
     for line in lines:
-        # What explains the answer comes behind it: 5 apples (5 + 3 = 8). Check: ...
-        end = r"(?<=\S)[.!] (?=[A-Z(])| \((?=[^()]*=)|,? (?:because|since|denn|weil)\b"
-        sentence = re.split(end, line)[0]
+        sentence = _REASON.split(line)[0]  # of: 5 apples (5 + 3 = 8)
         if sides := [side for side in sentence.split("=") if re.search(r"\d", side)]:
             return _value(_NUMBER.search(sides[-1].strip()), decimal)
     numbers = list(_NUMBER.finditer(rest))
@@ -1688,7 +1687,7 @@ def judge(state: dict, row: dict, score_rewards: bool) -> bool:
         score, least = row["validation"], state["best"]
         state["stale"] = 0 if score > least else state["stale"] + 1
     elif score_rewards:
-        score = fmean(state["rewards"])  # from before this step: they know nothing of a wild one
+        score = fmean(state["rewards"])  # of before this step: they know no wild one
         least = state["best"] / 2 if row["kl"] < 1 else math.inf
     else:
         return False
@@ -1791,9 +1790,8 @@ def evaluate(policy, problems, settings, samples: int = 0, tick: Callable = lamb
         record = {"index": rank + number * world, **asdict(problem)}
         record |= {"completion": policy.text(greedy), "reward": first.rewards[0]}
         record |= {"correct": record["reward"] == 1, "length": len(greedy)}
-        record |= {"entropy": fmean(entropy)}
-        record |= {"truncated": not policy.finished(greedy), "samples": samples}
-        record["samples_correct"] = group.rewards.count(1) if samples else 0
+        record |= {"entropy": fmean(entropy), "truncated": not policy.finished(greedy)}
+        record |= {"samples": samples, "samples_correct": group.rewards.count(1) if samples else 0}
         if policy.metric:
             record["metric"] = policy.metric(record["completion"], problem.answer)
         records.append(record)
@@ -2108,8 +2106,9 @@ def take_over(settings: Settings, given: set[str], run: Path, command: str) -> N
         key, here, there = item.name, getattr(settings, item.name), saved.get(item.name)
         refuse(resume and key not in saved, f"{run} lacks {key}: --adapter {run} begins anew.")
         if key in given or key == "task":
-            moved = key in ("model", *CODE) and Path(here).name == Path(there).name
-            changed = resume and key not in MACHINE and here != there and not moved
+            path = resume and (key == "model" or is_code(str(here)))  # it may have moved
+            same = here == there or (path and Path(here).name == Path(there).name)
+            changed = resume and key not in MACHINE and not same
             refuse(changed, f"{flag(key)} was {there}, not {here}: --adapter {run} begins anew.")
         elif resume or (key in saved and key not in MACHINE and command in item.metadata["on"]):
             trust = f"if you trust it, add {flag(key)} {shlex.quote(str(there))}"
@@ -2127,7 +2126,7 @@ def digests(settings: Settings, policy: Policy, task: Task) -> dict[str, str]:
 
 
 def note_changes(run: Path, now: dict[str, str]) -> None:
-    """Say so where a run had other data than now, or was asked or scored in another way."""
+    """Say so where a run had other data, or was asked or scored otherwise."""
     saved = now | (read_json(run / "config.json") if (run / "config.json").exists() else {})
     if saved["problems"] != now["problems"]:
         console.print(f"Note: {run} had other data: it may know these answers.")
@@ -2161,7 +2160,7 @@ def train_command(
 ):
     """Train a LoRA adapter by reinforcement learning: evaluate, train, evaluate again."""
     credit_function(settings)  # what is wrong with it is said now
-    console.quiet = int(os.environ.get("RANK", 0)) > 0  # only the first process speaks
+    console.quiet = processes(settings.device == "cpu").process_index > 0  # one speaks
     policy, task = find_policy(settings)
     refuse(not task.train, f"{settings.task} is all test; prepare it with a --test-share under 1.")
     torch.manual_seed(settings.seed)
@@ -2334,13 +2333,14 @@ def eval_command(
     problems, results = [Problem(question, "")] if question else task.test[:limit], {}
     if question:  # no reference, which code of the user's may need
         policy.score, policy.metric = (lambda text, answer: 0.0), None
+    now = digests(settings, policy, task)
     for number, folder in enumerate([None, *dict.fromkeys(adapter or [])]):
         label, name = "base", f"adapter{number}"
         if folder:
             label = str(folder) + "/" * (str(folder) == "base")
             policy.model = load_adapter(policy.model, folder, name, settings.model)
             policy.model.set_adapter(name)
-            note_changes(folder, digests(settings, policy, task))
+            note_changes(folder, now)
         with progress(label, len(problems) * (1 + samples)) as tick:
             results[label] = evaluate(policy, problems, settings, samples, tick)
     if question:
@@ -2433,7 +2433,8 @@ def merge(
     """Write base model and adapter as one plain checkpoint, for vLLM, llama.cpp's converter or
     transformers. bfloat16 rounds away what is under a 500th of a weight."""
     refuse(out.exists(), f"{out} is there already; give a new folder.")
-    name = run_settings(run)["model"]
+    saved = run_settings(run)
+    name, prompt = saved["model"], saved.get("prompt", "auto")
     console.print(f"Loading {name} ...")
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     source = Path(tokenizer.name_or_path)
@@ -2445,7 +2446,6 @@ def merge(
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     save_checkpoint(model, out)
     tokenizer.save_pretrained(out)
-    prompt = run_settings(run).get("prompt", "auto")
     template = source / "prompt.txt" if prompt == "auto" else Path(prompt)
     if template.is_file():  # so that auto asks as in training
         shutil.copy(template, out / "prompt.txt")

@@ -148,6 +148,9 @@ def test_an_adapter_with_dropout_is_trained_without(cli):
     options = {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     peft.get_peft_model(model, peft.LoraConfig(**options)).save_pretrained("elsewhere")
     base = tokenrl.load_model("demo", "cpu")[0]
+    Path("r.py").write_text("def f(text, answer): return 0.5")  # nothing there names a reward
+    asked = ["--adapter", "elsewhere", "--reward", "r.py:f", "--model", "demo", "--limit", 2]
+    assert cli("eval", "svamp", *asked)[0] == 0
     loaded = tokenrl.load_adapter(base, Path("elsewhere"), "default", "demo", trainable=True)
     with torch.no_grad():
         for key, parameter in loaded.named_parameters():

@@ -247,6 +247,10 @@ def test_a_run_goes_on_where_what_it_names_was_moved(cli):
     again += ["--adapter", "moved/first", "--reward"]
     assert cli(*again, "moved/r.py:f")[0] == 0
     assert refused(cli(*again, "moved/r.py:g"), "--reward was r.py:f")
+    pattern = ["--eval-problems", 0, "--validate-every", 0, "--steps", 1, "--reward"]
+    assert cli("train", *task, "--model", "demo", *QUICK, *pattern, "regex:a/5")[0] == 0
+    again = ["train", *task, "--resume", "runs/few-s-grpo", "--reward", "regex:b/5"]
+    assert refused(cli(*again), "--reward was regex:a/5")
 
 
 def test_resume_asks_again_what_is_missing_of_the_comparison(cli):
