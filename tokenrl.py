@@ -219,65 +219,63 @@ _SPELLINGS = [
     (r"\n[-*+] +", "\n"),  # the dash of a list is no minus
     (rf"(?im)(^|[=:,;(] ?|\b(?:{_VERBS}) )(?:minus|negative) (?=[\d.$€£])", r"\1-"),
     (r"\\\\(?![a-zA-Z])", ";"),  # the end of a row
-    (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-z])", ""),
+    (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)\b", ""),
     (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)(?![a-z])", " "),
-    (r"\\([$%#&_])", r"\1"),
-    (r"\{,\}", ","),
+    (r"\\([$%#&_])|\{(,)\}", r"\1\2"),
     (r"\\(?:text|math|mbox|underline)[a-z]*\s*(?:\{([^{}]*)\})?", r"\1"),
     (r"([-_^])\{([^{}]*)\}(?!\d)", r"\1\2"),
     (r"\\(?:times|cdot)(?![a-z])", "*"),
     (r"\\approx(?![a-z])", "="),
-    (r"\^ ?\\circ", "°"),
+    (r"\^ ?\\circ|\\degree", "°"),
     (r"\\pi(?![a-z])", "π"),
     (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # 2\frac{1}{2} is 2 1/2
     (r" +", " "),
 ]
-_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
-_MARK = re.compile(  # but no heading of a step
-    r"""(?i)\#{4,}(?!\ ?step) | \\f?box(?:ed)?\s*\{ | <answer>
-    | \b(?:answer|antwort|réponse|respuesta)["']?\s?(?:(?:is|ist|lautet|est|es)\b:?|[:=])""",
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(\{[^{}\\]*\}|\d)\s*(\{[^{}\\]*\}|\d)")
+_MARK = re.compile(  # but no heading
+    r"""(?i)\#{4,}+(?!\ ?(?:step|\d\.\ [a-z].{,80}\n)) | \\f?box(?:ed)?\s*\{ | <answer>
+    | \b(?:answer|antwort|réponse|respuesta)["']?\s?(?:(?:ist?|lautet|est?)\b:?|[:=])""",
     re.VERBOSE,
 )
 _CURRENCY = r"(?:[A-Z]{0,3}[$€£¥₹]|EUR|USD|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs\.?)"
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALES |= {"millionen": 6, "milliarden": 9, "mrd": 9, "tausend": 3, "tsd": 3}
-_SCALES |= {"k": 3, "m": 6, "mn": 6, "mio": 6, "b": 9, "bn": 9}
+_SCALES = dict(hundred=2, thousand=3, lakh=5, million=6, crore=7, billion=9, trillion=12, bn=9)
+_SCALES |= dict(millon=6, milliard=9, mrd=9, mio=6, mn=6, tausend=3, tsd=3, k=3, m=6, b=9)
 _SCALE = "|".join(word for word in _SCALES if len(word) > 1)
 _NUMBER = re.compile(
     rf"""
-    (?: (?P<odd> (?: \\[a-zA-Z]+ | [√±/] | [^\W\d_](?=\() | -(?=[-+(]) ) [\ (]* )  # \sqrt 2, f(2)
-      | (?<![\w.^]) (?<!\^-) )                           # not in a word, no exponent of a unit
-    (?P<sign> (?<![\w)\].%]) (?<![\w)\].%]\ ) -\ ?       # - 5, but not in 10 - 5
-            | (?<![\w)\].%]) (?<![\d)%]\ ) - )?          # is -5, but not in 10 -5
+    (?: (?P<odd> (?: \\[a-zA-Z]+(?:[_^[]\w+]?)? | [√±/] | [^\W\d_]_?\d*(?=\()  # \sqrt 2, f(2)
+        | \b[nxyz](?:\^\d)?\ ?[-+*] | -(?=\ ?[-+(]) ) [\ (]* )  # x + 2, -(2)
+      | (?<![\w.^]) (?<!\^-) )  # not in a word, no exponent of a unit
+    (?P<sign> (?<![\w)\].%]) (?: (?<![\w)\].%]\ ) -\ ?  # - 5, but not in 10 - 5
+      | (?<![\d)%]\ ) - ) )?  # is -5, but not in 10 -5
     (?: {_CURRENCY}\ ? (?P<sign2> - )? )?
-    (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )            # see _decimal
+    (?P<digits> [.,]?\d+ (?: (?: [.,:'_ ] | ,\ (?=\d{{3}}\b) ) \d+ )* )  # see _decimal
     (?: \ ?/\ ? (?P<under> \d+ (?:[.,]\d+)* ) )?
     (?: (?: [eE] | \ ?[*x]\ ?10\ ?\^\ ? ) (?P<tens> [-+]?\d+ ) | \ ?\^\ ? (?P<power> [-+]?\d+ ) )?
-    (?: \ ?(?P<scale> (?i:{_SCALE})(?=s?\b) | (?<!\ )[kKMB]\b ) )?
+    (?: \ ?(?P<scale> (?i:{_SCALE})(?=e?[ns]?\b) | (?<!\ )[kKMB]\b ) )?
     """,
     re.VERBOSE,
 )
 _END = re.compile(  # what may stand behind a number; anything else says that it goes on
     r"""
-    (?! \(\d | \ ?[xyznπ](?![^\W\d_]) | [^\W\d_]++\d | [eE][-+] ) # not 0.(3), 2x, 3π, 1h30
-    (?! (?:\ ?[^\W\d_]+)?\ (?:[-+*/;&x]|and|or|to|plus|minus|times|over|by|und|oder|et|y)
-        \ ?[-$€£]?\d                                        # not 5 or 6
-      | \ ?[^\W\d_]+[.,]?\ \d+(?:\ ?[^\W\d_]+)?\.?(?:\n|\Z)   # not 2h 30m, 1 in 5
-      | (?:\ ?[^\W\d_]+)?\ and\ (?:a|one)\ (?:half|third|quarter)\b )
-    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+                 # a bracket, a currency, percent
-    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{2}           # a unit: m, /hour, -year-old
-      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )    # not 3:30, 1, 2 or 0.33...
+    (?! \(\d | \ ?[xyznRπ](?![^\W\d_]) | [^\W\d_]++\d(?<!m[23]\b) | [eE][-+] )  # not 0.(3), 2x
+    (?! [^\w(,]{,2}(?:\ ?[^\W\d_]++){,2}\ (?:[-+*/;&x]|and|or|to|plus|minus|times|over|by
+        |und|oder|bis|et|ou|y|o)(?:\W{,3}\d|\ (?:a|one)\ (?:half|third|quarter))  # not 5 or 6
+      | \ ?[^\W\d_]+[.,]?\ \d+(?:\ ?[^\W\d_]+)?\.?(?:\n|\Z) )  # not 2h 30m, 1 in 5
+    [^\w\n.,:;|&<>(+*/÷^√∞\\\u0300-\u036f-]*+  # a bracket, a currency, percent
+    (?: \Z | [\n(] | [^\W\d_] | [-/]+\ ?[^\W\d_]{2}  # a unit: m, /hour, -year-old
+      | [.,:;|&<>]++ (?<!\.\.) (?! [-+($€£\[ ]* [\d\\] ) )  # not 3:30, 1, 2 or 0.33...
     """,
     re.VERBOSE,
 )
-_REASON = re.compile(r"(?<=\S)[.!] (?=[A-Z(])| \((?=[^()]*=)|,? (?:because|since|denn|weil)\b")
+_REASON = re.compile(r"(?<=.)[.!] (?=[A-Z(])| \((?=[^()]*=)|,? (?:because|since|where|denn|weil)\b")
 _CELL_END = re.compile(r"(?!(?<=\d)[-.] ?[^\W\d_])[.,-]*+ ?[^\s\d?!=:;]*(?:\^?[23])?")  # not 3-May
 
 
 def _decimal(digits: str, decimal: str) -> Fraction:
     """Raises ValueError where `digits` is no decimal number, with or without thousands groups."""
     for mark, other in (".,", ",."):  # without a decimal mark: what can be read with a point is
-        groups = rf"(?!0)\d{{1,3}}([{other}'_ ])\d{{3}}(?:\1\d{{3}})*"
+        groups = rf"(?!0)(?:\d{{1,3}}([{other}'_ ])\d{{3}}(?:\1\d{{3}})*|\d\d?(?:,\d\d)+,\d{{3}})"
         if mark in (decimal or ".,") and re.fullmatch(rf"(?:\d*|{groups})(?:[{mark}]\d+)?", digits):
             return Fraction(re.sub(rf"[^\d{mark}]", "", digits).replace(",", "."))
     raise ValueError
@@ -288,7 +286,7 @@ def _value(match: re.Match | None, decimal: str) -> Fraction | None:
     if not match or match["odd"] or not _END.match(match.string, match.end()):
         return None
     under, power = match["under"], match["power"]
-    whole, _, digits = match["digits"].rpartition(" ") if under else ("", "", match["digits"])
+    whole, _, digits = match["digits"].rpartition(" " if under else "/")
     try:
         value = _decimal(digits, decimal) / _decimal(under or "1", decimal)
         exponent = int(power or match["tens"] or 0)
@@ -304,8 +302,8 @@ def _value(match: re.Match | None, decimal: str) -> Fraction | None:
 
 def _plain(text: str, decimal: str = "") -> str:
     def quotient(match: re.Match) -> str:
-        top, under = match[1] or match[2] or "", match[3] or match[4] or ""
-        a, b = (_value(_NUMBER.fullmatch(part.strip()), decimal) for part in (top, under))
+        top, under = (part.strip("{} \n") for part in match.groups())
+        a, b = (_value(_NUMBER.fullmatch(part), decimal) for part in (top, under))
         try:
             return f"{a / b} "
         except (TypeError, ValueError, ZeroDivisionError):  # no numbers, or too long to write
@@ -321,7 +319,8 @@ def _plain(text: str, decimal: str = "") -> str:
 def _final_parts(text: str) -> list[str]:
     """The line behind each mark that something follows, the last mark first; at the end of the
     list, all the text behind the last of these marks (without a mark, the whole text)."""
-    lines, start, end = [], 0, len(text)
+    text = text.rpartition("</think>")[2]
+    lines, start, end = [], 0, None
     for mark in reversed(list(_MARK.finditer(text))):
         part, end = text[mark.end() : end], mark.start()
         depth = 1
@@ -350,10 +349,11 @@ def extract_number(text: str, decimal: str = "") -> Fraction | None:
     *lines, rest = _final_parts(_plain(text, decimal))
     for line in lines:
         sentence = _REASON.split(line)[0]  # of: 5 apples (5 + 3 = 8)
+        sentence = re.sub(r"(?:[,;]| and| or) ?[a-zA-Z]_?\d? ?=", " & ", sentence)  # x=5, y=6
         if sides := [side for side in sentence.split("=") if re.search(r"\d", side)]:
             return _value(_NUMBER.search(sides[-1].strip()), decimal)
-    numbers = list(_NUMBER.finditer(rest))
-    return _value(numbers[-1], decimal) if numbers else None
+    numbers = [None, *_NUMBER.finditer(rest)]
+    return _value(numbers[-1], decimal)
 
 
 def number_reward(text: str, answer: str, decimal: str = "") -> float:
@@ -519,7 +519,7 @@ def to_problem(row: dict, question="question", answer="answer", decimal="") -> P
     cells = [row.get(column) for column in (question, answer, "type")]
     asked, wanted, kind = ("" if cell is None else str(cell).strip() for cell in cells)
     if isinstance(cells[1], float):
-        wanted = str(round(cells[1], 9)).replace(".", decimal or ".")  # not 0.30000000000000004
+        wanted = f"{cells[1]:.15g}".replace(".", decimal or ".")  # not 0.30000000000000004
     return Problem(asked, wanted.rpartition("####")[2].strip(), kind)
 
 

@@ -101,6 +101,7 @@ SLOW += [
 ]
 SLOW += [r"\text{", "9^9", "<answer>", "1.", "1:", ").", "- ", "EUR", r"\!", "^ ", "5 hours "]
 SLOW += [r"\frac{1}{2}", "answer ", " ", "(", "[(", "$-", "a", "٣", "π", "._", "_", "~", "\\"]
+SLOW += ["\\log_", "x+", "a1", "5% or ", "x = 5, ", "#### 1. a", "##### step", "</think>", "1,00,"]
 
 
 @pytest.mark.parametrize("part", SLOW)
