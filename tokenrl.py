@@ -286,7 +286,7 @@ def _value(match: re.Match | None, decimal: str) -> Fraction | None:
     if not match or match["odd"] or not _END.match(match.string, match.end()):
         return None
     under, power = match["under"], match["power"]
-    whole, _, digits = match["digits"].rpartition(" " if under else "/")
+    whole, _, digits = match["digits"].rpartition(" ") if under else ("", "", match["digits"])
     try:
         value = _decimal(digits, decimal) / _decimal(under or "1", decimal)
         exponent = int(power or match["tens"] or 0)
@@ -352,8 +352,8 @@ def extract_number(text: str, decimal: str = "") -> Fraction | None:
         sentence = re.sub(r"(?:[,;]| and| or) ?[a-zA-Z]_?\d? ?=", " & ", sentence)  # x=5, y=6
         if sides := [side for side in sentence.split("=") if re.search(r"\d", side)]:
             return _value(_NUMBER.search(sides[-1].strip()), decimal)
-    numbers = [None, *_NUMBER.finditer(rest)]
-    return _value(numbers[-1], decimal)
+    numbers = list(_NUMBER.finditer(rest))
+    return _value(numbers[-1], decimal) if numbers else None
 
 
 def number_reward(text: str, answer: str, decimal: str = "") -> float:

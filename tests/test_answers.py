@@ -116,7 +116,7 @@ def test_reading_takes_linear_time(part, form):
         tokenrl.extract_number(text)
         tokenrl.exact_reward(text, "5")
         best.append(time.process_time() - start)
-    assert min(best) < 0.2  # two readings
+    assert min(best) < 0.4  # two readings; the longest takes half of it on a busy machine
 
 
 ALPHABET = "0123456789-+.,:'_/^*#$€% \n\\boxed{}fractimesanswer=()½³\u2212\u0663\u0301\u202f<>EURkM"
