@@ -1468,11 +1468,9 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
 
 
 def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
-    """(prompt ids, trie, {node: weight}) of each forward pass of a step: what all prompts share,
-    and the trie of the rest of each prompt with its completions."""
-    shared = os.path.commonprefix([rollout.prompt for rollout, *_ in credited])
-    joint = Trie([r.prompt[len(shared) :] + c for r, *_ in credited for c in r.completions])
-    budget += max((len(r.prompt) for r, *_ in credited), default=0) - len(shared)  # for completions
+    """(the trie of all prompts with completions, {node: weight}) of each forward pass of a step."""
+    joint = Trie([r.prompt + c for r, *_ in credited for c in r.completions])
+    budget += max((len(r.prompt) for r, *_ in credited), default=0)  # it is the completions' own
     total = defaultdict(float)  # a replay can meet nodes of its first group
     joint_paths = iter(joint.paths)
     for _, trie, weights in credited:
@@ -1482,7 +1480,7 @@ def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
         for node, weight in weights.items():
             total[joint_node[node]] += weight
     for part in split_nodes(joint, list(total), budget):
-        yield shared, joint, {node: total[node] for node in part}
+        yield joint, {node: total[node] for node in part}
 
 
 def update(policy, credited: list[tuple], groups: int, optimizer, settings):
@@ -1491,11 +1489,11 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     params = [p for p in policy.model.parameters() if p.requires_grad]
     card = base_of(policy.model).device.type == "cuda"  # it waits for each pass to be launched
     packs = list(step_packs(credited, settings.max_pack_tokens or (4096 if card else 512)))
-    own = sum(len(weights) for *_, weights in packs)
+    own = sum(len(weights) for _, weights in packs)
     trained, loss_sum = sum(gather([own])), 0.0
     scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost
-    for prompt, trie, weights in packs:
-        given = policy.model, prompt, trie, weights, settings.temperature
+    for trie, weights in packs:
+        given = policy.model, [], trie, weights, settings.temperature
         logp = packed_logprobs(*given)
         shares = torch.tensor([w / groups for w in weights.values()], device=logp.device)
         loss = -(shares * logp).sum()
@@ -1514,7 +1512,7 @@ def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     if trained and not skipped:
         kl, skipped = limited_step(policy, credited, params, optimizer, settings)
     optimizer.zero_grad(set_to_none=True)
-    packed = sum(len(prompt) + len(ancestors(trie, weights)) for prompt, trie, weights in packs)
+    packed = sum(len(ancestors(trie, weights)) for trie, weights in packs)
     sums = {"tokens_trained": own, "tokens_packed": packed, "loss": loss_sum}
     return sums, {"grad_norm": norm, "kl": kl, "skipped": skipped}
 
@@ -1530,7 +1528,7 @@ def limited_step(policy, credited, params, optimizer, settings) -> tuple[float, 
         if not probe:  # nothing in this process has signal
             return torch.zeros(0)
         with torch.no_grad():
-            return packed_logprobs(policy.model, *probe, settings.temperature)
+            return packed_logprobs(policy.model, [], *probe, settings.temperature)
 
     old, start = logprobs(), [p.detach().clone() for p in params]
     optimizer.step()

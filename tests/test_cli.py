@@ -695,8 +695,8 @@ def test_non_finite_steps_stop_the_run(cli, monkeypatch):
     plain = tokenrl.step_packs
 
     def bad(*given):
-        for prompt, trie, weights in plain(*given):
-            yield prompt, trie, dict.fromkeys(weights, float("nan"))
+        for trie, weights in plain(*given):
+            yield trie, dict.fromkeys(weights, float("nan"))
 
     monkeypatch.setattr(tokenrl, "step_packs", bad)
     code, text = cli("train", "svamp", *FAST, "--steps", "9", "--name", "nan")

@@ -849,12 +849,12 @@ def test_passes_of_long_completions(completions, budget, passes):
     assert len(list(tokenrl.split_nodes(trie, list(nodes), budget))) == passes
     rollout = tokenrl.Rollout(PROBLEM, [5], completions, [0.0] * len(completions))
     packs = list(tokenrl.step_packs([(rollout, trie, dict.fromkeys(nodes, 1.0))], budget))
-    assert len(packs) == passes and sum(len(weights) for *_, weights in packs) == len(trie.tokens)
+    assert len(packs) == passes and sum(len(weights) for _, weights in packs) == len(trie.tokens)
 
 
 @pytest.mark.parametrize("begin, shared", [([], 0), ([1], 1), ([1] * 90, 90)])
 def test_long_questions_do_not_make_more_passes(begin, shared):
-    """The budget is the completions', whatever of the prompts is shared."""
+    """The budget is the completions', whatever of the prompts is shared; that is packed once."""
     credited = []
     for number in range(4):
         completions = [[10 * number + i] * 60 for i in range(10, 18)]
@@ -864,8 +864,10 @@ def test_long_questions_do_not_make_more_passes(begin, shared):
         rollout = tokenrl.Rollout(PROBLEM, prompt, completions, [0.0] * 8)
         credited.append((rollout, trie, weights))
     packs = list(tokenrl.step_packs(credited, 240))
-    assert len(packs) == 8 and {len(prompt) for prompt, *_ in packs} == {shared}
-    assert sum(len(weights) for *_, weights in packs) == 4 * 8 * 60
+    assert len(packs) == 8 and sum(len(weights) for _, weights in packs) == 4 * 8 * 60
+    for trie, weights in packs:
+        assert len(trie.tokens) == shared + 4 * (100 - shared) + 4 * 8 * 60
+        assert len(tokenrl.ancestors(trie, weights)) <= 100 + 240
 
 
 def test_kl_is_zero_at_the_base_and_pulls_back_to_it():
