@@ -1283,9 +1283,8 @@ class Trie:
     """
 
     def __init__(self, completions: list[list[int]], entropies=None, logprobs=None):
-        self.tokens, self.parents, self.depths, self.paths = [], [], [], []
-        self.entropies = None if entropies is None else []
-        self.logprobs = None if logprobs is None else []
+        self.tokens, self.parents, self.paths = [], [], []
+        first: list[tuple[int, int]] = []  # (completion, position) in which each node came first
         node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
         for number, completion in enumerate(completions):
             node, path = -1, []
@@ -1293,16 +1292,15 @@ class Trie:
                 key = (node, token)
                 if key not in node_of:
                     node_of[key] = len(self.tokens)
-                    self.parents.append(node)
-                    self.depths.append(depth)
                     self.tokens.append(token)
-                    if entropies is not None:
-                        self.entropies.append(entropies[number][depth])
-                    if logprobs is not None:
-                        self.logprobs.append(logprobs[number][depth])
+                    self.parents.append(node)
+                    first.append((number, depth))
                 node = node_of[key]
                 path.append(node)
             self.paths.append(path)
+        self.depths = [depth for _, depth in first]
+        self.entropies = entropies and [entropies[number][depth] for number, depth in first]
+        self.logprobs = logprobs and [logprobs[number][depth] for number, depth in first]
 
 
 def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
