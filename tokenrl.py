@@ -2073,10 +2073,8 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
 
 
 def read_json(path: Path) -> dict:
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(found := json.loads(read_text(path)), dict):
-            return found
-    raise UserError(f"{path} is not a JSON object.")
+    with explained(f"{path} is not a JSON object"):
+        return {**json.loads(read_text(path))}
 
 
 def run_settings(run: Path) -> dict:
