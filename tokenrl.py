@@ -35,6 +35,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
-from itertools import cycle, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -1645,11 +1645,9 @@ def deviations(model, tokenizer) -> dict[str, float]:
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone
     so that a resumed run sees what the uninterrupted one would have seen."""
-    size, first = len(problems), step * count
-    order = []
-    for epoch in range(first // size, (first + count - 1) // size + 1):
-        order += random.Random(f"{seed}/{epoch}").sample(problems, size)
-    return order[first % size :][:count]
+    epochs = (random.Random(f"{seed}/{epoch}") for epoch in itertools.count())
+    order = (problem for rng in epochs for problem in rng.sample(problems, len(problems)))
+    return list(itertools.islice(order, step * count, (step + 1) * count))
 
 
 def learning_rate(step: int, settings) -> float:
@@ -1947,7 +1945,7 @@ def credit_text(decode: Callable, trie: Trie, path: list[int], weights: dict[int
         weight = weights.get(node, 0.0)
         return ("+" if weight > 0 else "-") * math.ceil(3 * abs(weight) / most - 1e-6)
 
-    for marks, run in groupby(path, signs):
+    for marks, run in itertools.groupby(path, signs):
         words = decode([trie.tokens[node] for node in run]).replace("\n", "↵")
         style = "dim" if not marks else "green" if "+" in marks else "red"
         text.append(f"[{marks}{words}]" if marks else words, style)
@@ -2301,7 +2299,7 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
     count = settings.prompts_per_step + settings.replay
     longest = sorted(problems, key=lambda problem: len(policy.prompt_ids(problem.question)))
     settings = replace(settings, steps=1, prompts_per_step=count, replay=0)
-    turns = cycle([0.0, 1.0])
+    turns = itertools.cycle([0.0, 1.0])
     policy.ends, policy.stop = set(), ""
     policy.reward = lambda problem, completion: next(turns)
     with tempfile.TemporaryDirectory() as folder:
