@@ -737,10 +737,6 @@ class Policy:
     stop: str = ""
     ends: set[int] | None = None  # tokens that end a completion; None: all that the model knows
 
-    def __post_init__(self):
-        if self.prompt == "plain" and not self.stop:
-            self.stop = "\nQuestion:"  # a base model goes on to invent the next question
-
     def prompt_ids(self, question: str) -> list[int]:
         if self.prompt == "chat":
             roles = {"question": "user", "answer": "assistant"}
@@ -2067,6 +2063,8 @@ def find_policy(settings: Settings) -> tuple[Policy, Task]:
     idle = settings.shots and form not in ("chat", "plain")
     refuse(idle, "--shots needs a chat or plain prompt: a template holds its own examples.")
     examples, stop = task.examples[: settings.shots], settings.stop.replace("\\n", "\n")
+    if form == "plain" and not stop:
+        stop = "\nQuestion:"  # a base model goes on to invent the next question
     return Policy(model, tokenizer, form, examples, score, metric, stop), task
 
 

@@ -886,8 +886,12 @@ def test_a_stop_text_as_a_shell_passes_it(cli, monkeypatch):
         return plain(*arguments, **options)
 
     monkeypatch.setattr(tokenrl, "sample", sample)
-    code, _ = cli("eval", "svamp", "--limit", 2, "--stop", r"\n####", "--device", "cpu")
-    assert code == 0 and set(filter(None, asked)) == {"\n####"}
+    ask, plain_prompt = ["eval", "svamp", "--limit", 2, "--device", "cpu"], ["--prompt", "plain"]
+    for own in ([], plain_prompt):
+        asked.clear()
+        assert cli(*ask, *own, "--stop", r"\n####")[0] == 0 and set(asked) == {"\n####"}
+    asked.clear()
+    assert cli(*ask, *plain_prompt)[0] == 0 and set(asked) == {"\nQuestion:"}
 
 
 def test_prompt_file_must_hold_the_question(cli):

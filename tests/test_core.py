@@ -1355,7 +1355,7 @@ def test_the_stop_text_finishes_a_completion_and_is_not_scored(words):
     pieces = {6: " 2", 7: "\nQuestion:", 8: " 9"}
     words.decode = lambda ids, **_: "".join(pieces[i] for i in ids)
     policy, problem = (
-        tokenrl.Policy(random_model("qwen2"), words, "plain"),
+        tokenrl.Policy(random_model("qwen2"), words, "plain", stop="\nQuestion:"),
         tokenrl.Problem("", "2"),
     )
     assert [policy.reward(problem, c) for c in ([6, 7], [6, 7, 8], [6])] == [1.0, 1.0, 0.0]
@@ -1398,7 +1398,8 @@ def test_a_stop_text_that_a_replay_begins_with_is_seen(words):
     pieces = {free[at]: "\n", free[at + 1]: "Quest", free[at + 2]: "ion:"}
     words.decode = lambda ids, **_: "".join(pieces.get(i, f"{i} ") for i in ids)
     prefixes = [free[: at + 1], free[: at + 2], []]
-    policy = tokenrl.Policy(model, words, "plain", score=lambda text, answer: 1.0, ends=set())
+    policy = tokenrl.Policy(model, words, "plain", stop="\nQuestion:", ends=set())
+    policy.score = lambda text, answer: 1.0
     policy.prompt_ids = lambda question: start
     settings = settings_of(group_size=2, max_new_tokens=30, temperature=0.0)
     rollouts = tokenrl.roll_out(policy, [PROBLEM] * 3, settings, 0, prefixes)
