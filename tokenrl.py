@@ -835,6 +835,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple:
 
 def check_finite(weights, name) -> None:
     for key, weight in weights:
+        refuse(weight.element_size() == 1, f"{name} is quantized: take its full weights.")
         finite = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).isfinite()
         refuse(not finite, f"{name} holds numbers that are not finite, in {key}.")
 
@@ -844,20 +845,20 @@ def base_of(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
+@explained("LoRA does not fit this model")
 def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     """LoRA on the last `layer_share` of the layers; those below store no activations."""
-    stack = base_of(model).get_decoder().layers
+    stack = model.get_decoder().layers
     parts = {name.rpartition(".")[2]: module for name, module in stack.named_modules()}
     linear = sorted(name for name, part in parts.items() if isinstance(part, torch.nn.Linear))
     wanted = linear if targets == "all-linear" else [t.strip() for t in targets.split(",")]
-    for target in wanted:  # peft complains only when it finds none of them
-        choice = f"use all-linear, or some of {', '.join(linear)}"
-        refuse(target not in parts, f"--lora-targets: layers have no module {target!r}; {choice}.")
+    strange = ", ".join(sorted({*wanted} - {*parts}))  # peft complains only if it finds none
+    choice = f"use all-linear, or some of {', '.join(linear)}"
+    refuse(strange, f"--lora-targets: layers have no module {strange}; {choice}.")
     first = len(stack) - max(1, round(len(stack) * layer_share))
     options = {"r": rank, "lora_alpha": alpha, "target_modules": wanted, "task_type": "CAUSAL_LM"}
     options["layers_to_transform"] = list(range(first, len(stack)))
-    with explained("LoRA does not fit this model"):
-        return recomputing(peft.get_peft_model(model, peft.LoraConfig(**options)))
+    return recomputing(peft.get_peft_model(model, peft.LoraConfig(**options)))
 
 
 def recomputing(model):
@@ -870,7 +871,7 @@ def recomputing(model):
             forward = partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
         return forward(*inputs, **options)
 
-    for layer in base_of(model).get_decoder().layers:
+    for layer in model.get_decoder().layers:
         layer.forward = partial(lean, layer.forward)
     return model
 
@@ -882,8 +883,7 @@ def load_adapter(model, folder: Path, name: str, model_name: str, trainable: boo
     refuse(other, f"{folder} was made for {made_for}, not for {model_name}; give its --model.")
     for file in (path, folder / "adapter_config.json"):  # peft would ask the hub for them
         refuse(not file.is_file(), f"{folder} holds no adapter (no {file.name}).")
-    options = {"adapter_name": name, "is_trainable": trainable}
-    options["torch_device"] = str(base_of(model).device)
+    options = {"adapter_name": name, "is_trainable": trainable, "torch_device": str(model.device)}
     with explained(f"{folder} does not fit {model_name}"):
         if isinstance(model, peft.PeftModel):
             model.load_adapter(str(folder), **options)
@@ -895,8 +895,10 @@ def load_adapter(model, folder: Path, name: str, model_name: str, trainable: boo
         wanted = peft.get_peft_model_state_dict(model, None, name, save_embedding_layers=False)
         if strange := found.keys() ^ wanted.keys():  # peft would only warn
             raise ValueError(f"{min(strange)} is on one side only")
-    check_finite(found.items(), path)
-    return recomputing(model.eval()) if trainable else model  # a stranger's can have dropout
+        check_finite(found.items(), path)
+        kinds = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
+        refuse(trainable and kinds, f"{folder} trains whole modules: add --dtype float32.")
+        return recomputing(model.eval()) if trainable else model  # a stranger's can have dropout
 
 
 def save_checkpoint(thing, folder: Path, **options) -> None:
@@ -994,7 +996,6 @@ def next_steps(base, cache, visible, room: int) -> Callable:
         return partial(_step, base, cache, visible)
     place = torch.tensor([visible.shape[1] - room], device=base.device)
     ids = place.new_zeros(len(visible), 1)
-
     layers, longer = cache.layers, partial(torch.nn.functional.pad, pad=(0, 0, 0, room))
     for layer in layers:
         layer.keys, layer.values = longer(layer.keys), longer(layer.values)
@@ -1133,8 +1134,10 @@ def sample(
     """
     ends = end_tokens(model, tokenizer) if ends is None else ends
     prefixes = prefixes or [[]] * len(prompts)
-    generator = torch.Generator(base_of(model).device).manual_seed(seed)
-    check_length(base_of(model).config, max(map(len, prompts), default=0) + max_new_tokens)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    check_length(model.config, max(map(len, prompts), default=0) + max_new_tokens)
+    beyond = max(set().union(*prompts), default=0) >= model.config.get_text_config().vocab_size
+    refuse(beyond, "A prompt has a token that the model lacks.")
     tail = len(stop.encode()) + 1  # tokens that hold the whole of it: none is shorter than a byte
 
     def ended(i: int, tokens: list[int]) -> bool:
@@ -1170,10 +1173,10 @@ def _prefill(base, prompts: list[list[int]]):
     longest = max(map(len, rests))
     if not getattr(base.config.get_text_config(), "sliding_window", None):  # padding counts there
         longest = rounded(longest)
-    ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=base.device)
-    visible = torch.ones(len(rests), len(shared) + longest, dtype=torch.bool, device=base.device)
-    for row, rest in zip(visible, rests):
-        row[len(shared) : len(shared) + longest - len(rest)] = False  # padding
+    padded = [[-1] * (longest - len(rest)) + rest for rest in rests]
+    ids = torch.tensor(padded, device=base.device)
+    visible = torch.nn.functional.pad(ids >= 0, (len(shared), 0), value=True)
+    ids = ids.clamp(min=0)
     return cache, _step(base, cache, visible, ids), visible
 
 
@@ -1218,7 +1221,7 @@ def _decode(model, starts, owners: list[int], ended: Callable, temperature: floa
         if not left:  # rows can leave between graphs only
             keep = [i for i, row in enumerate(live) if row not in finished]
             if len(keep) < len(live):  # finished rows would cost as much as the others
-                live, index = [live[i] for i in keep], torch.tensor(keep, device=base.device)
+                live, index = [live[i] for i in keep], index.new_tensor(keep)
                 cache.batch_select_indices(index)
                 tokens, visible = tokens[index], visible[index]
             visible, left = torch.nn.functional.pad(visible, (0, room), value=room == 1), room
@@ -1280,8 +1283,8 @@ class Trie:
 
     def __init__(self, completions: list[list[int]], entropies=None, logprobs=None):
         self.tokens, self.parents, self.paths = [], [], []
-        first: list[tuple[int, int]] = []  # (completion, position) in which each node came first
-        node_of: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        first = []  # (completion, position) in which each node came first
+        node_of = {}  # (parent, token) -> node
         for number, completion in enumerate(completions):
             node, path = -1, []
             for depth, token in enumerate(completion):
@@ -1303,7 +1306,7 @@ def _spread(rewards: list[float], chosen: list[list[int]]) -> dict[int, float]:
     """Give each chosen node of completion i its share A_i / (G * len_i); opposite shares cancel.
 
     A_i = (R_i - mean R) / (std R + 1e-4), population std (Shao et al. 2024, arXiv 2402.03300)."""
-    weights: dict[int, float] = defaultdict(float)
+    weights = defaultdict(float)
     mean, std = fmean(rewards), pstdev(rewards)
     for reward, nodes in zip(rewards, chosen):
         advantage = (reward - mean) / (std + 1e-4)
@@ -1341,7 +1344,7 @@ def t_spmo_weights(trie: Trie, rewards: list[float]) -> dict[int, float]:
     for path, reward in zip(trie.paths, rewards):
         for node in [-1, *path]:
             through[node].append(reward)
-    mean = {node: sum(passing) / len(passing) for node, passing in through.items()}
+    mean = {node: fmean(passing) for node, passing in through.items()}
     credit = {node: mean[node] - mean[parent] for node, parent in enumerate(trie.parents)}
     credit = {node: value for node, value in credit.items() if abs(value) > 1e-9}
     pi = [math.exp(logprob) for logprob in trie.logprobs or [0.0] * len(trie.tokens)]
@@ -1480,16 +1483,16 @@ def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
 def update(policy, credited: list[tuple], groups: int, optimizer, settings):
     """One optimizer step on the mean loss over the `groups` of all processes, none if its gradient
     is not finite. Returns metrics of this process: to add up, and to take the maximum of."""
-    params = [p for p in policy.model.parameters() if p.requires_grad]
-    card = base_of(policy.model).device.type == "cuda"  # it waits for each pass to be launched
+    params = optimizer.param_groups[0]["params"]
+    card = policy.model.device.type == "cuda"  # it waits for each pass to be launched
     packs = list(step_packs(credited, settings.max_pack_tokens or (4096 if card else 512)))
     own = sum(len(weights) for _, weights in packs)
     trained, loss_sum = sum(gather([own])), 0.0
-    scale = 1024.0 if base_of(policy.model).dtype == torch.float16 else 1.0  # small ones are lost
+    scale = 1024.0 if policy.model.dtype == torch.float16 else 1.0  # small ones are lost
     for trie, weights in packs:
         given = policy.model, [], trie, weights, settings.temperature
         logp = packed_logprobs(*given)
-        shares = torch.tensor([w / groups for w in weights.values()], device=logp.device)
+        shares = logp.new_tensor([w / groups for w in weights.values()])
         loss = -(shares * logp).sum()
         if settings.beta:  # mean KL to the model without its adapter (k3, Schulman 2020)
             with torch.no_grad(), policy.model.disable_adapter():
@@ -1550,7 +1553,7 @@ def train(policy, problems, held_out, settings, run: Path, stop: list) -> Iterat
     adapter that is kept is the best on `held_out`, problems that are not trained, if there are any.
     """
     rank, world = processes().process_index, processes().num_processes
-    device, method = base_of(policy.model).device, credit_function(settings)
+    device, method = policy.model.device, credit_function(settings)
     optimizer = new_optimizer(policy.model)
     state, stopping = load_state(run, policy.model, optimizer), False
     if state["step"] == 0:
@@ -1601,8 +1604,8 @@ DEAD_STEPS = 5  # so many in a row with nothing to learn from end a run
 def check_model(model, tokenizer) -> None:
     """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
     do, or changes its logits in a way of its own."""
-    kind = base_of(model).config.model_type
-    unfit = f"{kind} models do not fit the packed update; use a plain decoder such as Qwen2"
+    kind = model.config.model_type
+    unfit = f"{kind} models do not fit the packed update; use one such as Qwen2"
     with explained(unfit):
         for what, gap in deviations(model, tokenizer).items():
             refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
@@ -1659,8 +1662,7 @@ def gather(values: list) -> list:
 
 
 def new_optimizer(model):
-    params = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(params, lr=0.0)
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
 
 def judge(state: dict, row: dict, score_rewards: bool) -> bool:
@@ -2157,7 +2159,7 @@ def train_command(
     policy.model = trainable_model(policy, settings)
     asked = task.train + task.test[: settings.eval_problems]
     longest = max(len(policy.prompt_ids(problem.question)) for problem in asked)
-    check_length(base_of(policy.model).config, longest + settings.max_new_tokens)
+    check_length(policy.model.config, longest + settings.max_new_tokens)
     now = digests(settings, policy, task)
     if settings.start_from:
         note_changes(Path(settings.start_from), now)
@@ -2302,7 +2304,7 @@ def dry_run(policy: Policy, problems: list[Problem], settings: Settings) -> None
     policy.reward = lambda problem, completion: next(turns)
     with tempfile.TemporaryDirectory() as folder:
         for row, _ in train(policy, longest[-count:], [], settings, Path(folder), []):
-            show_step(row, base_of(policy.model).device, "The largest step:")
+            show_step(row, policy.model.device, "The largest step:")
 
 
 @app.command("eval", epilog="Example: python tokenrl.py eval svamp --adapter runs/svamp-s-grpo")
@@ -2429,9 +2431,14 @@ def merge(
     model, tokenizer = load_model(name, "cpu", "float32")  # so that only the sum is rounded
     source = Path(tokenizer.name_or_path)
     kind = stored_dtype(source) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
-    model = load_adapter(model, run, "adapter", name).merge_and_unload().to(kind)
+    model = load_adapter(model, run, "adapter", name)
+    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embeddings[0].weight is embeddings[1].weight
+    odd = tied and any(hasattr(part, "lora_A") for part in embeddings)
+    refuse(odd, f"{run} changes one of two tied embeddings: no merge keeps that.")
+    model = model.merge_and_unload().to(kind)
     check_finite(model.named_parameters(), run)  # its lora_alpha can be anything
-    # The base's own top_k or penalties would answer otherwise than what was trained and measured.
+    # The base's own top_k or penalties would answer otherwise than in training.
     ends, pad = sorted(end_tokens(model, tokenizer)), model.generation_config.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     save_checkpoint(model, out)

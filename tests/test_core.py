@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -373,6 +374,14 @@ def test_what_is_longer_than_window_or_context_is_refused(words):
         tokenrl.sample(random_model("qwen2"), words, [[5] * 500], max_new_tokens=15)
 
 
+def test_a_token_that_the_model_lacks_is_refused(words):
+    """Tokens that were added to a tokenizer alone."""
+    model, limit = random_model("qwen2"), dict(max_new_tokens=2)
+    assert len(tokenrl.sample(model, words, [[5], [96]], 1, **limit)) == 2
+    with pytest.raises(tokenrl.UserError, match="token that the model lacks"):
+        tokenrl.sample(model, words, [[5], [5, 97, 5]], 1, **limit)
+
+
 def test_nodes_that_nobody_weighs_ask_for_no_logprobs():
     found = tokenrl.packed_logprobs(random_model("qwen2"), [3, 4], tokenrl.Trie([[5]]), [])
     assert found.shape == (0,)
@@ -517,6 +526,13 @@ def test_models_with_numbers_that_are_not_finite_are_named(tmp_path):
         tokenrl.load_model(str(folder), "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_models_with_weights_of_a_byte_are_refused(dtype):
+    weights = [("norm", torch.ones(2)), ("q_proj", torch.ones(2, 2).to(dtype))]
+    with pytest.raises(tokenrl.UserError, match="tiny is quantized"):
+        tokenrl.check_finite(weights, "tiny")
+
+
 # ---- LoRA and adapter files ---------------------------------------------------------------------
 
 
@@ -545,6 +561,21 @@ def test_targets_outside_of_the_layers_are_refused_with_the_reason(target):
     said = str(error.value)
     assert target.split(",")[-1] in said and "layers" in said and "q_proj" in said.split(target)[-1]
     assert "no module" in said and "all-linear" in said
+
+
+def test_a_model_without_a_list_of_layers_is_refused(tmp_path):
+    """GPT-2 passes the start-up check; its layers are `h`."""
+    shape = dict(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=1)
+    model, other = (
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval() for _ in range(2)
+    )
+    tokenrl.check_model(model, range(97))
+    with pytest.raises(tokenrl.UserError, match="LoRA does not fit this model"):
+        tokenrl.add_lora(model, 4, 8, "all-linear", 0.5)
+    model.name_or_path = "tiny"
+    peft.get_peft_model(model, peft.LoraConfig(r=4)).save_pretrained(tmp_path)
+    with pytest.raises(tokenrl.UserError, match="does not fit tiny"):
+        tokenrl.load_adapter(other, tmp_path, "default", "tiny", trainable=True)
 
 
 @pytest.fixture
@@ -634,6 +665,22 @@ def test_adapter_files_that_do_not_fit_are_refused(saved, damage, beside):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(tokenrl.UserError, match="does not fit tiny|not finite"):
         tokenrl.load_adapter(model if beside else tiny(), run, "other", "tiny")
+
+
+@pytest.mark.parametrize("change", [{"modules_to_save": ["norm"]}, {"bias": "lora_only"}])
+def test_whole_modules_are_not_trained_in_16_bits(tmp_path, change):
+    """Adam's small steps are lost there, and its epsilon is 0 in float16; LoRA itself is float32."""
+    for name, options in (("whole", change), ("lora", {})):
+        config = peft.LoraConfig(target_modules=["q_proj"], **options)
+        peft.get_peft_model(tiny(), config).save_pretrained(tmp_path / name)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(tokenrl.UserError, match="--dtype float32"):
+            load = tiny().to(dtype), tmp_path / "whole", "default", "tiny"
+            tokenrl.load_adapter(*load, trainable=True)
+        tokenrl.load_adapter(tiny().to(dtype), tmp_path / "whole", "default", "tiny")
+        load = tiny().to(dtype), tmp_path / "lora", "default", "tiny"
+        tokenrl.load_adapter(*load, trainable=True)
+    tokenrl.load_adapter(tiny(), tmp_path / "whole", "default", "tiny", trainable=True)
 
 
 def test_an_adapter_without_weights_is_not_asked_of_the_hub(saved):
