@@ -1467,7 +1467,7 @@ def split_nodes(trie: Trie, nodes: list[int], budget: int) -> Iterator[list[int]
 def step_packs(credited: list[tuple], budget: int) -> Iterator[tuple]:
     """(the trie of all prompts with completions, {node: weight}) of each forward pass of a step."""
     joint = Trie([r.prompt + c for r, *_ in credited for c in r.completions])
-    budget += max((len(r.prompt) for r, *_ in credited), default=0)  # it is the completions' own
+    budget += max((len(r.prompt) for r, *_ in credited), default=0)  # prompts do not count
     total = defaultdict(float)  # a replay can meet nodes of its first group
     joint_paths = iter(joint.paths)
     for _, trie, weights in credited:
