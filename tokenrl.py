@@ -852,7 +852,7 @@ def add_lora(model, rank: int, alpha: float, targets: str, layer_share: float):
     parts = {name.rpartition(".")[2]: module for name, module in stack.named_modules()}
     linear = sorted(name for name, part in parts.items() if isinstance(part, torch.nn.Linear))
     wanted = linear if targets == "all-linear" else [t.strip() for t in targets.split(",")]
-    strange = ", ".join(sorted({*wanted} - {*parts}))  # peft complains only if it finds none
+    strange = sorted({*wanted} - {*parts})  # peft complains only when it finds none
     choice = f"use all-linear, or some of {', '.join(linear)}"
     refuse(strange, f"--lora-targets: layers have no module {strange}; {choice}.")
     first = len(stack) - max(1, round(len(stack) * layer_share))
