@@ -219,7 +219,7 @@ _SPELLINGS = [
     (r"\n[-*+] +", "\n"),  # the dash of a list is no minus
     (rf"(?im)(^|[=:,;(] ?|\b(?:{_VERBS}) )(?:minus|negative) (?=[\d.$€£])", r"\1-"),
     (r"\\\\(?![a-zA-Z])", ";"),  # the end of a row
-    (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)\b", ""),
+    (r"\\!\s*|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"\\[,;:> ]|~|\\(?:q?quad|thinspace|implies|[rR]ightarrow|therefore)(?![a-z])", " "),
     (r"\\([$%#&_])|\{(,)\}", r"\1\2"),
     (r"\\(?:text|math|mbox|underline)[a-z]*\s*(?:\{([^{}]*)\})?", r"\1"),
@@ -1283,7 +1283,7 @@ class Trie:
 
     def __init__(self, completions: list[list[int]], entropies=None, logprobs=None):
         self.tokens, self.parents, self.paths = [], [], []
-        first = []  # (completion, position) in which each node came first
+        first = []  # (completion, position) where each node came first
         node_of = {}  # (parent, token) -> node
         for number, completion in enumerate(completions):
             node, path = -1, []
@@ -1604,8 +1604,7 @@ DEAD_STEPS = 5  # so many in a row with nothing to learn from end a run
 def check_model(model, tokenizer) -> None:
     """Refuse a model that is not exact here: one that ignores masks or positions, as recurrent ones
     do, or changes its logits in a way of its own."""
-    kind = model.config.model_type
-    unfit = f"{kind} models do not fit the packed update; use one such as Qwen2"
+    unfit = f"{model.config.model_type} models do not fit the packed update; use one like Qwen2"
     with explained(unfit):
         for what, gap in deviations(model, tokenizer).items():
             refuse(not gap < 1, f"{unfit} ({what}: {gap:.2g})")
@@ -1642,8 +1641,8 @@ def deviations(model, tokenizer) -> dict[str, float]:
 
 
 def step_problems(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone
-    so that a resumed run sees what the uninterrupted one would have seen."""
+    """The problems of one step: epoch after epoch in a new order, a function of (seed, step) alone:
+    a resumed run sees what the uninterrupted one would have seen."""
     epochs = (random.Random(f"{seed}/{epoch}") for epoch in itertools.count())
     order = (problem for rng in epochs for problem in rng.sample(problems, len(problems)))
     return list(itertools.islice(order, step * count, (step + 1) * count))
@@ -2432,9 +2431,8 @@ def merge(
     source = Path(tokenizer.name_or_path)
     kind = stored_dtype(source) if dtype == "auto" else pick_dtype(dtype, "cpu", None)
     model = load_adapter(model, run, "adapter", name)
-    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embeddings[0].weight is embeddings[1].weight
-    odd = tied and any(hasattr(part, "lora_A") for part in embeddings)
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    odd = first.weight is last.weight and (hasattr(first, "lora_A") or hasattr(last, "lora_A"))
     refuse(odd, f"{run} changes one of two tied embeddings: no merge keeps that.")
     model = model.merge_and_unload().to(kind)
     check_finite(model.named_parameters(), run)  # its lora_alpha can be anything

@@ -453,4 +453,4 @@ def test_the_file_is_small_and_its_heart_knows_no_screen():
     assert not [line for line in heart if re.search(r"\b(typer|rich|console|Table|Text)\b", line)]
     # The goal is 73,728 bytes and 1,700 lines: these may only ever be lowered. (Once they were not:
     # decoding by graphs, eight times as fast on a card, has 65 lines.)
-    assert len(source.encode()) <= 128_456 and len(source.splitlines()) <= 2_485
+    assert len(source.encode()) <= 128_404 and len(source.splitlines()) <= 2_483
